@@ -1,0 +1,24 @@
+"""Image data for training: conversion to ``.beton``, splits, seeded augmentation, loading.
+
+Importing this package imports neither FFCV nor numba; both are loaded when the first stream
+is opened.
+"""
+
+from data_ffcv.augment import Augmentation
+from data_ffcv.beton import BetonInfo, inspect_beton
+from data_ffcv.errors import DataError
+from data_ffcv.loader import EvalLoader, Stream, open_eval_loader, open_stream
+from data_ffcv.splits import shard_indices, split_by_class
+
+__all__ = [
+    "Augmentation",
+    "BetonInfo",
+    "DataError",
+    "EvalLoader",
+    "Stream",
+    "inspect_beton",
+    "open_eval_loader",
+    "open_stream",
+    "shard_indices",
+    "split_by_class",
+]

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types and tests, on a bare machine too: bash launch/test.sh [arguments of pytest]
+set -euo pipefail
+
+# shellcheck source=launch/setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+setup_machine
+cd -- "$MLOMAE_ROOT"
+
+ruff check
+ruff format --check
+mypy
+python -m pytest "$@"

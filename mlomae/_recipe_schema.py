@@ -1,0 +1,279 @@
+"""The sections of a recipe: their keys with type, default and unit, and the checks within one."""
+
+import difflib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from typing_extensions import Self
+
+PRESET_SIZES = ("embed_dim", "depth", "num_heads")
+PRESETS = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_huge": (1280, 32, 16),
+}
+
+
+class Refusal(ValueError):
+    """A broken rule between keys, as a sentence `key problem`; the loader adds file and section."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        self.key, self.problem = key, problem
+        super().__init__(f"{key} {problem}")
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """Return the entry of `valid` most like `name`."""
+    return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys with their values; an empty section is a value."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+class Section(BaseModel):
+    """What all sections share."""
+
+    # strict: `image_size: true` or `epochs: "4"` is a slip, not a number
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+# YAML knows no tuples and no paths, so these two accept what stands for them
+FilePath = Annotated[Path, Field(strict=False)]
+_Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+_PositiveTriple = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelRecipe(Section):
+    """Encoder and decoder."""
+
+    preset: str | None = None
+    """Encoder size by name, vit_tiny to vit_huge; fills embed_dim, depth and num_heads."""
+    image_size: PositiveInt
+    """Side of the square input, pixels."""
+    patch_size: PositiveInt
+    """Side of a square patch, pixels."""
+    embed_dim: PositiveInt
+    """Width of the encoder; wins over the preset's."""
+    depth: PositiveInt
+    """Number of encoder blocks; wins over the preset's."""
+    num_heads: PositiveInt
+    """Attention heads of an encoder block; wins over the preset's."""
+    mlp_ratio: PositiveFloat = 4.0
+    """Hidden width of a block's MLP over its width, encoder and decoder."""
+    decoder_embed_dim: PositiveInt = 512
+    """Width of the decoder."""
+    decoder_depth: PositiveInt = 8
+    """Number of decoder blocks."""
+    decoder_num_heads: PositiveInt = 16
+    """Attention heads of a decoder block."""
+    norm_pix_loss: bool = True
+    """Standardise each target patch by its own mean and variance."""
+    trainable_positions: bool = False
+    """Train the position embeddings, which start as 2-D sine-cosine tables."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image, N."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(preset, str):
+            return values
+        if preset not in PRESETS:
+            known = nearest(preset, list(PRESETS))
+            raise Refusal("preset", f"is '{preset}', which is no preset: the nearest is {known}")
+        sizes = zip(PRESET_SIZES, PRESETS[preset], strict=True)
+        given = {key: value for key, value in values.items() if value is not None}
+        return {**dict(sizes), **given}
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.image_size % self.patch_size:
+            below = max(self.image_size // self.patch_size, 1) * self.patch_size
+            problem = (
+                f"is {self.image_size}, which patch_size {self.patch_size} does not divide: "
+                f"use {below} or {below + self.patch_size}, or another patch_size"
+            )
+            raise Refusal("image_size", problem)
+        _check_width("", self.embed_dim, self.num_heads)
+        _check_width("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
+        return self
+
+
+def _check_width(prefix: str, width: int, num_heads: int) -> None:
+    """Refuse a width which the heads or the 2-D sine-cosine positions cannot split."""
+    # positions: rows and columns get half of the width each, half of that is sines
+    multiple = math.lcm(num_heads, 4)
+    if width % multiple:
+        problem = (
+            f"is {width}, but must be divisible by {prefix}num_heads {num_heads} and by 4 "
+            f"(sine-cosine positions): use a multiple of {multiple}"
+        )
+        raise Refusal(f"{prefix}embed_dim", problem)
+
+
+class MaskingRecipe(Section):
+    """Which patches are hidden, and the network which learns it."""
+
+    mask_ratio: _Fraction = 0.75
+    """Share of the patches which is hidden."""
+    hidden_dim: PositiveInt = 512
+    """Hidden width of the masking network; mlo_mae only."""
+
+
+class AugmentationRecipe(Section):
+    """Augmentation of the training images, the same in every level."""
+
+    kind: Literal["random_resized_crop", "pad_crop", "center_crop"] = "random_resized_crop"
+    """How the square of image_size pixels is cut from an image."""
+    scale: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = (0.2, 1.0)
+    """Smallest and largest share of the area kept; random_resized_crop only."""
+    padding: NonNegativeInt = 4
+    """Zero pixels added on each side before the crop; pad_crop only."""
+    flip: bool = True
+    """Mirror left to right with probability one half."""
+    interpolation: Literal["bicubic", "area"] = "bicubic"
+    """Resizing kernel; bicubic is antialiased, area is faster."""
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        low, high = self.scale
+        if not low <= high <= 1:
+            raise Refusal("scale", f"is [{low}, {high}], but must be two rising shares in (0, 1]")
+        return self
+
+
+class DataRecipe(Section):
+    """The training images."""
+
+    train: FilePath
+    """The training images, a .beton file."""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Number of classes of the labels; mlo_mae requires it."""
+    mask_fraction: _Fraction = 0.2
+    """Share of the images kept for the mask level, drawn by class and seed; mlo_mae only."""
+    mean: _Triple = (0.485, 0.456, 0.406)
+    """Mean of each channel, pixel values in [0, 1]."""
+    std: _PositiveTriple = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, pixel values in [0, 1]."""
+    augmentation: AugmentationRecipe = AugmentationRecipe()
+    num_workers: PositiveInt = 1
+    """Loader threads per stream and rank."""
+
+
+class LevelRecipe(Section):
+    """Batches and optimizer of one level."""
+
+    batch_size: PositiveInt
+    """Images per optimizer step over all ranks and accumulation steps."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimizer step; pretrain only."""
+    steps_per_cycle: PositiveInt = 1
+    """Optimizer steps per cycle, k1 of pretrain and k2 of classifier; the mask takes one."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """PyTorch's AdamW, or SGD with momentum."""
+    base_lr: PositiveFloat | None = None
+    """Peak learning rate at 256 images per step; lr = base_lr * batch_size / 256."""
+    lr: PositiveFloat
+    """Peak learning rate; give this or base_lr."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Weight decay; decoupled for adamw."""
+    decay_norm_and_bias: bool = False
+    """Decay 1-D parameters (biases and norms) as well."""
+    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of the two moments; adamw only."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment; adamw only."""
+    momentum: _Beta = 0.9
+    """Momentum; sgd only."""
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Linear warm-up from zero, epochs of the recipe; a half cosine to min_lr follows."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the schedule."""
+    gradient_clipping: NonNegativeFloat = 0.0
+    """Largest global norm of the gradient; 0 is off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_lr(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("lr") is not None:
+            return values
+        base_lr, batch_size = values.get("base_lr"), values.get("batch_size")
+        if base_lr is None:
+            raise Refusal("lr", "is missing: give lr or base_lr")
+        if not isinstance(base_lr, int | float) or not isinstance(batch_size, int):
+            return {**values, "lr": 1.0}  # the field's own check names the bad value
+        return {**values, "lr": base_lr * batch_size / 256}
+
+    @model_validator(mode="after")
+    def _check_lr(self) -> Self:
+        scaled = self.lr if self.base_lr is None else self.base_lr * self.batch_size / 256
+        if not math.isclose(self.lr, scaled, rel_tol=1e-6):
+            problem = (
+                f"is {self.lr:g}, but base_lr {self.base_lr:g} at batch_size {self.batch_size} "
+                f"gives {scaled:g}: remove one of the two (null removes a key)"
+            )
+            raise Refusal("lr", problem)
+        if self.min_lr > self.lr:
+            raise Refusal("min_lr", f"is {self.min_lr:g}, above lr {self.lr:g}: lower it")
+        return self
+
+
+class ClassifierRecipe(LevelRecipe):
+    """The classifier level: batches, optimizer and head."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout probability before the last linear layer of the head."""
+
+
+class CheckpointRecipe(Section):
+    """When to save; never changes results."""
+
+    interval_epochs: PositiveFloat | None = None
+    """Epochs between checkpoints; null saves only at the end."""
+    keep: PositiveInt = 2
+    """Newest checkpoints which are kept."""
+
+
+class MonitorRecipe(Section):
+    """What to watch; never changes results."""
+
+    log_interval: PositiveInt = 10
+    """Cycles between two records."""
+    picture_interval_epochs: PositiveFloat | None = None
+    """Epochs between two mask pictures; null draws one only at the end."""
+    num_pictures: PositiveInt = 8
+    """Images in a mask picture."""

@@ -1,0 +1,150 @@
+"""DeepSpeed engines: one for each level, with its schedule and its guard against bad steps."""
+
+import logging
+import math
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from mlomae.hypergrad import Level
+from mlomae.recipe import LevelRecipe
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS = 3
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a non-finite loss or gradient several times in a row."""
+
+
+class TrainingLevel:
+    """A DeepSpeed engine with its learning-rate schedule and its side of the hypergradient.
+
+    Attributes:
+        name: `pretrain`, `classifier` or `mask`.
+        engine: the DeepSpeed engine.
+        level: the hypergradient engine's view of it.
+        num_steps: optimizer steps taken or skipped; sizes the schedule's position.
+        loss, grad_norm, lr: of the latest step, on this rank (the norm is global).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: Any,
+        level: Level,
+        recipe: LevelRecipe,
+        total_steps: int,
+        warmup_steps: int,
+    ) -> None:
+        self.name = name
+        self.engine = engine
+        self.level = level
+        self.num_steps = 0
+        self.num_skipped = 0
+        self.loss = self.grad_norm = self.lr = math.nan
+        self._scheduler = CosineLRScheduler(
+            level.optimizer,
+            t_initial=max(1, total_steps - warmup_steps),
+            lr_min=recipe.min_lr,
+            warmup_t=warmup_steps,
+            warmup_lr_init=0.0,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass through the engine."""
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Accumulate the gradient of a micro-batch; the last one reduces over ranks."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss)
+
+    def step(self, loss: Tensor) -> bool:
+        """Optimizer step, or none on any rank when one of them saw a non-finite number.
+
+        Args:
+            loss: mean loss of the step's micro-batches on this rank, detached.
+
+        Returns:
+            Whether the step was taken.
+
+        Raises:
+            NonFiniteError: this was the third skipped step in a row.
+        """
+        self._scheduler.step_update(self.num_steps)
+        self.num_steps += 1
+        self.loss = float(loss)
+        self.lr = self.level.optimizer.param_groups[0]["lr"]
+        self.grad_norm = self.level.partition.gradient_norm()
+        if _agree(math.isfinite(self.loss) and math.isfinite(self.grad_norm), loss.device):
+            self.num_skipped = 0
+            self.engine.step()
+            return True
+
+        self.level.partition.clear_gradients()
+        self.num_skipped += 1
+        logger.warning(
+            "skipped %s step %d on all ranks: loss %s, gradient norm %s on rank %d",
+            self.name,
+            self.num_steps,
+            self.loss,
+            self.grad_norm,
+            dist.get_rank(),
+        )
+        if self.num_skipped == MAX_SKIPPED_STEPS:
+            raise NonFiniteError(
+                f"{self.name}: loss or gradient was not finite for {MAX_SKIPPED_STEPS} steps in a "
+                f"row (up to step {self.num_steps}); lower {self.name}.lr, lengthen "
+                f"{self.name}.warmup_epochs or set {self.name}.gradient_clipping, and resume from "
+                "the last checkpoint with --resume"
+            )
+        return False
+
+
+def _agree(condition: bool, device: torch.device) -> bool:
+    """Whether the condition holds on every rank. All ranks must call."""
+    flag = torch.tensor(int(condition), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def build_level(
+    name: str,
+    module: nn.Module,
+    recipe: LevelRecipe,
+    deepspeed_config: dict[str, Any],
+    *,
+    template: nn.Module | None,
+    total_steps: int,
+    warmup_steps: int,
+) -> TrainingLevel:
+    """Wrap a module into a DeepSpeed engine with the recipe's optimizer and schedule.
+
+    Args:
+        deepspeed_config: the user's JSON with this level's batch sizes and clipping added.
+        template: the module's twin on the meta device where the level is differentiated through.
+    """
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=_build_optimizer(module, recipe), config=deepspeed_config
+    )
+    level = Level(engine, template=template)
+    return TrainingLevel(name, engine, level, recipe, total_steps, warmup_steps)
+
+
+def _build_optimizer(module: nn.Module, recipe: LevelRecipe) -> torch.optim.Optimizer:
+    if recipe.decay_norm_and_bias:
+        groups = [{"params": list(module.parameters()), "weight_decay": recipe.weight_decay}]
+    else:
+        groups = param_groups_weight_decay(module, recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps)

@@ -1,0 +1,9 @@
+"""The one exception a person at the keyboard is meant to read."""
+
+
+class UserError(ValueError):
+    """Bad input: one sentence that names the file, key or flag and says how to mend it.
+
+    Commands print it without a traceback and exit with code 2; it is raised before any
+    expensive work starts.
+    """

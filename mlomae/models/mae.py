@@ -1,0 +1,203 @@
+"""The masked autoencoder: ViT encoder and decoder under the key names of the published weights."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypedDict
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mlomae.models.positions import sincos_positions
+from mlomae.models.precision import at_least_float32
+
+Scorer = Callable[[Tensor], Tensor]
+
+
+class Reconstruction(TypedDict):
+    """What one masked forward pass yields (a plain dict, so DeepSpeed's hooks can walk it)."""
+
+    patch_loss: Tensor  # [B, N], float32 or wider: mean squared error of every patch
+    mask: Tensor  # [B, N]: 1 where the patch was hidden
+    scores: Tensor  # [B, N]: as the scorer gave them
+    embedding: Tensor  # [B, N, D], detached: what the scorer saw
+    prediction: Tensor  # [B, N, patch_size**2 * in_chans]
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE with a pluggable choice of the hidden patches.
+
+    Parameter names are those of the published MAE files. Positions are a buffer when fixed (MAE)
+    and a parameter when trainable (MLO-MAE), under the same names.
+
+    Source: He et al., arXiv 2111.06377; mask selection by score: Guo et al., arXiv 2402.18128.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        trainable_positions: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(image_size, patch_size, in_chans, embed_dim)
+        self.patch_size = patch_size
+        self.num_patches = self.patch_embed.num_patches
+        self.num_keep = int(self.num_patches * (1 - mask_ratio))
+        self.norm_pix_loss = norm_pix_loss
+        self.activation_checkpointing = activation_checkpointing
+        block = partial(
+            Block,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=True,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.decoder_blocks = nn.ModuleList(
+            block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+
+        grid_size = image_size // patch_size
+        for name, dim in (("pos_embed", embed_dim), ("decoder_pos_embed", decoder_embed_dim)):
+            table = sincos_positions(dim, grid_size).to(self.cls_token.device)
+            if trainable_positions:
+                self.register_parameter(name, nn.Parameter(table))
+            else:
+                self.register_buffer(name, table)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """MAE's initialisation; the patch projection's bias keeps the framework's default."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, images: Tensor, scorer: Scorer | None = None) -> Tensor | Reconstruction:
+        """Masked reconstruction when there is a scorer, features of the whole image otherwise.
+
+        Both are reached through `forward`, because only this method runs the gathering hooks of
+        a ZeRO-3 engine.
+
+        Args:
+            images: [B, in_chans, image_size, image_size], normalised.
+            scorer: maps detached patch embeddings with positions [B, N, D] to scores [B, N]. The
+                `N - num_keep` patches with the largest scores are hidden.
+
+        Returns:
+            Without a scorer, the class token after the final norm, [B, D].
+            With one, a `Reconstruction`.
+        """
+        patches = self.patch_embed(images.to(self.cls_token.dtype))
+        embedding = patches + self.pos_embed[:, 1:]
+        if scorer is None:
+            return self._encode(embedding)[:, 0]
+
+        scores = scorer(embedding.detach())
+        # Selection is piecewise constant in the scores: no gradient passes through it. A learned
+        # mask gets its gradient from the weights of the loss alone (arXiv 2402.18128, section 3).
+        order = torch.argsort(scores.detach(), dim=1, stable=True)
+        restore = torch.argsort(order, dim=1, stable=True)
+        prediction = self._decode(
+            self._encode(_take(embedding, order[:, : self.num_keep])), restore
+        )
+        return {
+            "patch_loss": self._patch_loss(prediction, images),
+            "mask": (restore >= self.num_keep).to(scores.dtype),
+            "scores": scores,
+            "embedding": embedding.detach(),
+            "prediction": prediction,
+        }
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """[B, K, D] embedded patches -> [B, 1 + K, D], class token first, after the final norm."""
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+        return self.norm(self._run(self.blocks, torch.cat([cls_token, tokens], dim=1)))
+
+    def _decode(self, latent: Tensor, restore: Tensor) -> Tensor:
+        """[B, 1 + K, D] and each patch's place in the order [B, N] -> predictions [B, N, P]."""
+        tokens = self.decoder_embed(latent)
+        num_hidden = restore.shape[1] + 1 - tokens.shape[1]
+        mask_tokens = self.mask_token.expand(tokens.shape[0], num_hidden, -1)
+        patches = _take(torch.cat([tokens[:, 1:], mask_tokens], dim=1), restore)
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+        return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
+
+    def _run(self, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for block in blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+        return tokens
+
+    def _patch_loss(self, prediction: Tensor, images: Tensor) -> Tensor:
+        target = self.patchify(at_least_float32(images))
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as published
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return (at_least_float32(prediction) - target).square().mean(dim=-1)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, patch_size**2 * C]; inside a patch: row, column, channel."""
+        batch, channels, height, width = images.shape
+        size = self.patch_size
+        grid = images.reshape(batch, channels, height // size, size, width // size, size)
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, self.num_patches, -1)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """Inverse of `patchify` for square images."""
+        size, side = self.patch_size, int(self.num_patches**0.5)
+        grid = patches.reshape(patches.shape[0], side, side, size, size, -1)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(grid.shape[0], -1, side * size, side * size)
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows of tokens [B, N, D] at index [B, K] -> [B, K, D]."""
+    return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def random_scores(generator: torch.Generator) -> Scorer:
+    """The scorer of plain MAE: uniform noise from a generator that the caller owns."""
+
+    def scorer(embedding: Tensor) -> Tensor:
+        return torch.rand(embedding.shape[:2], generator=generator, device=generator.device).to(
+            embedding.device
+        )
+
+    return scorer
+
+
+def reconstruction_loss(patch_loss: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean loss of the hidden patches of the batch, each weighted by its score in MLO-MAE.
+
+    The divisor counts hidden patches; it is not the sum of the weights (equation 1 of
+    arXiv 2402.18128 as its code averages it). All arguments are [B, N]; without weights this is
+    the loss of plain MAE.
+    """
+    weighted = patch_loss * mask if weights is None else patch_loss * mask * weights
+    return weighted.sum() / mask.sum()

@@ -1,0 +1,256 @@
+"""The typed recipe of a training run: read from YAML, checked, printed.
+
+Two kinds of keys:
+
+* `output_dir`, `data.num_workers`, `checkpoint.*` and `monitor.*` must not change results;
+  a resumed run may give them other values (`RESULT_NEUTRAL_KEYS`).
+* Every other key changes results; a resumed run must repeat it (`differing_keys`).
+
+`load_recipe` reads the YAML which `dump_recipe` writes. What a preset or `base_lr` implies is
+filled in while reading, so a dumped recipe is complete.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import NonNegativeInt, PositiveFloat, ValidationError, model_validator
+from typing_extensions import Self
+
+from mlomae._recipe_schema import (
+    PRESET_SIZES,
+    AugmentationRecipe,
+    CheckpointRecipe,
+    ClassifierRecipe,
+    DataRecipe,
+    FilePath,
+    LevelRecipe,
+    MaskingRecipe,
+    ModelRecipe,
+    MonitorRecipe,
+    Refusal,
+    Section,
+    flatten,
+    nearest,
+)
+from mlomae._yaml import dump_yaml, parse_yaml
+from mlomae.errors import UserError
+
+__all__ = [
+    "RESULT_NEUTRAL_KEYS",
+    "AugmentationRecipe",
+    "CheckpointRecipe",
+    "ClassifierRecipe",
+    "DataRecipe",
+    "LevelRecipe",
+    "MaskingRecipe",
+    "ModelRecipe",
+    "MonitorRecipe",
+    "Recipe",
+    "differing_keys",
+    "dump_recipe",
+    "load_recipe",
+]
+
+RESULT_NEUTRAL_KEYS = ("output_dir", "data.num_workers", "checkpoint", "monitor")
+"""Keys, or whole sections, which must not change results."""
+
+_SHIPPED = Path(__file__).resolve().parents[1] / "launch" / "recipes"
+
+
+class Recipe(Section):
+    """One training run."""
+
+    method: Literal["mlo_mae", "mae"]
+    """Learned masks (three levels) or random masks (pretrain alone)."""
+    seed: NonNegativeInt = 0
+    """Seed of every random draw: weights, split, data order, crops, masks, dropout."""
+    output_dir: FilePath
+    """Folder of checkpoints, metrics and pictures."""
+    # The literature counts cycles: with k1 = 2, the "50 epochs" of the MLO-MAE paper are
+    # 100 passes of the encoder over its images, so they are written `epochs: 100` here.
+    epochs: PositiveFloat
+    """Passes of the encoder over its training images, whatever steps_per_cycle is."""
+    model: ModelRecipe
+    masking: MaskingRecipe = MaskingRecipe()
+    data: DataRecipe
+    pretrain: LevelRecipe
+    classifier: ClassifierRecipe | None = None
+    mask: LevelRecipe | None = None
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    monitor: MonitorRecipe = MonitorRecipe()
+
+    @property
+    def levels(self) -> dict[str, LevelRecipe]:
+        """The levels which the method trains, by name, lowest first."""
+        levels = {"pretrain": self.pretrain, "classifier": self.classifier, "mask": self.mask}
+        return {name: level for name, level in levels.items() if level is not None}
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        for name in ("classifier", "mask"):
+            given = getattr(self, name) is not None
+            if self.method == "mlo_mae" and not given:
+                raise Refusal(name, "is missing: method mlo_mae needs this section, add it")
+            if self.method == "mae" and given:
+                problem = "is given, but method mae trains no such level: remove the section"
+                raise Refusal(name, problem)
+        if self.method == "mlo_mae" and self.data.num_classes is None:
+            problem = "is missing: method mlo_mae needs the number of classes, add it"
+            raise Refusal("data.num_classes", problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        for name, level in self.levels.items():
+            accumulation = level.gradient_accumulation_steps
+            if name != "pretrain" and accumulation > 1:
+                key = f"{name}.gradient_accumulation_steps"
+                problem = f"is {accumulation}, but this level steps on one micro-batch: use 1"
+                raise Refusal(key, problem)
+            if name == "mask" and level.steps_per_cycle > 1:
+                problem = f"is {level.steps_per_cycle}, but the mask steps once per cycle: use 1"
+                raise Refusal("mask.steps_per_cycle", problem)
+            if level.warmup_epochs >= self.epochs:
+                problem = f"is {level.warmup_epochs:g}, but must be below epochs {self.epochs:g}"
+                raise Refusal(f"{name}.warmup_epochs", problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_masking(self) -> Self:
+        num_patches, ratio = self.model.num_patches, self.masking.mask_ratio
+        num_kept = int(num_patches * (1 - ratio))
+        if not 0 < num_kept < num_patches:
+            problem = (
+                f"is {ratio}, which keeps {num_kept} of {num_patches} patches: change it or "
+                "model.patch_size so that at least one patch is kept and one is hidden"
+            )
+            raise Refusal("masking.mask_ratio", problem)
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: A YAML file, or the name of a shipped recipe such as
+            `mlo_mae_vit_base_patch16_imagenet`.
+        overrides: Texts `key.subkey=value`, the value in YAML; the last one wins.
+
+    Raises:
+        UserError: The file or an override cannot be read, or a key or value is wrong.
+    """
+    file = _find(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {file} cannot be read ({error}): give a YAML file") from None
+    values = parse_yaml(text, str(file))
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a recipe is a list of `key: value` lines, this file is not")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        _refuse_unknown_keys(values)
+        return Recipe.model_validate(values)
+    except Refusal as refusal:
+        key, problem = refusal.key, refusal.problem
+    except ValidationError as error:
+        key, problem = _describe(error)
+    # the mistake may stand in an override of this section, or in one which bears on all levels
+    section = re.escape(key.split(".")[0])
+    suspects = [text for text in overrides if re.match(rf"({section}[.=]|(method|epochs)=)", text)]
+    raise UserError(f"{' with '.join([str(file), *suspects])}: {key} {problem}")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the complete recipe as YAML, which `load_recipe` turns into an equal one."""
+    return dump_yaml(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+    """Return the dotted keys which change results and differ between two recipes."""
+    values_a, values_b = (dict(flatten(recipe.model_dump())) for recipe in (a, b))
+    keys = dict.fromkeys([*values_a, *values_b])
+    return [
+        key
+        for key in keys
+        if values_a.get(key) != values_b.get(key)
+        and not any(f"{key}.".startswith(f"{neutral}.") for neutral in RESULT_NEUTRAL_KEYS)
+    ]
+
+
+def _find(path: str | Path) -> Path:
+    """Return the file of a path or of a shipped recipe's name."""
+    file = Path(path)
+    shipped = _SHIPPED / f"{path}.yaml"
+    if file.is_file():
+        return file
+    if file.name == str(path) and shipped.is_file():
+        return shipped
+    names = sorted(recipe.stem for recipe in _SHIPPED.glob("*.yaml"))
+    hint = f", of which {nearest(file.stem, names)} is the nearest" if names else ""
+    raise UserError(f"recipe {path} is no file: give a YAML file or a shipped recipe's name{hint}")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key.subkey=value` in nested values."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override} has no value: write it as key.subkey=value")
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    if key == "model.preset":
+        # sizes which the file spells out would silently win over the preset asked for here
+        for size in PRESET_SIZES:
+            values.pop(size, None)
+    values[name] = parse_yaml(text, f"override {override}")
+
+
+def _refuse_unknown_keys(values: dict[str, Any]) -> None:
+    """Refuse a key which no recipe has, with the nearest one which it has.
+
+    Runs before the types are checked, since a misspelt key often makes another one missing.
+    """
+    valid = list(_help_texts(Recipe))
+    for key, _ in flatten(values):
+        if key not in valid:
+            # the right key in the wrong section is likelier than a misspelt one
+            same_name = [known for known in valid if known.split(".")[-1] == key.split(".")[-1]]
+            hint = nearest(key, same_name or valid)
+            raise Refusal(key, f"is no key of a recipe: the nearest valid key is {hint}")
+
+
+def _help_texts(section: type[Section], prefix: str = "") -> dict[str, str]:
+    """Return every dotted key of a section, those of sections in it included, with its help."""
+    texts = {}
+    for name, field in section.model_fields.items():
+        texts[f"{prefix}{name}"] = field.description or ""
+        # `X | None` holds the section X in its arguments
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                texts |= _help_texts(kind, f"{prefix}{name}.")
+    return texts
+
+
+def _describe(error: ValidationError) -> tuple[str, str]:
+    """Return the dotted key of the first mistake and what is wrong with it."""
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"]]
+    refusal = first.get("ctx", {}).get("error")
+    if isinstance(refusal, Refusal):
+        return ".".join([*names, refusal.key]), refusal.problem
+    key, value = ".".join(names), json.dumps(first["input"], default=str)
+    text = _help_texts(Recipe).get(re.sub(r"\.\d+$", "", key))
+    meaning = f" ({text.rstrip('.')})" if text else ""
+    if first["type"] == "missing":
+        return key, f"is missing: add it{meaning}"
+    if first["type"] == "model_type":
+        return key, f"is {value}, but must be a section with keys of its own"
+    must = re.sub("^Input (should be|is not)| for <class.*", "", first["msg"]).strip()
+    return key, f"is {value}, but must be {must}{meaning}"

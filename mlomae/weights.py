@@ -1,0 +1,92 @@
+"""Weights in and out of a run: building the networks of a recipe, reading a trained encoder."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mlomae.errors import UserError
+from mlomae.models import ClassificationHead, MaskedAutoencoder, MaskingNetwork
+from mlomae.recipe import Recipe, load_recipe
+
+MODEL_FILE = "model.safetensors"
+MASKING_FILE = "masking.safetensors"
+RECIPE_FILE = "recipe.yaml"
+
+
+def build_model(recipe: Recipe) -> MaskedAutoencoder:
+    """An untrained masked autoencoder, initialised from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return MaskedAutoencoder(
+            mask_ratio=recipe.masking.mask_ratio,
+            **recipe.model.model_dump(exclude={"preset"}),
+        )
+
+
+def build_masking_network(recipe: Recipe) -> MaskingNetwork:
+    """An untrained masking network for the recipe's patch grid."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed + 1)
+        model = recipe.model
+        return MaskingNetwork(model.num_patches, model.embed_dim, recipe.masking.hidden_dim)
+
+
+def build_classifier(recipe: Recipe) -> ClassificationHead:
+    """An untrained classification head; the recipe must be one of `mlo_mae`."""
+    assert recipe.classifier is not None and recipe.data.num_classes is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed + 2)
+        return ClassificationHead(
+            recipe.model.embed_dim, recipe.data.num_classes, recipe.classifier.dropout
+        )
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder meant by a run folder (its newest complete one) or by itself.
+
+    Raises:
+        UserError: there is no complete checkpoint at the path.
+    """
+    folder = Path(path)
+    if (folder / MODEL_FILE).is_file():
+        return folder
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give a run's output_dir or one of its checkpoints")
+    complete = sorted(folder.glob(f"checkpoints/step_*/{MODEL_FILE}"))
+    complete = [file for file in complete if file.parent.suffix != ".tmp"]
+    if not complete:
+        raise UserError(f"{folder} holds no complete checkpoint: train first, or give another run")
+    return complete[-1].parent
+
+
+def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Recipe]:
+    """The masked autoencoder of a run or checkpoint folder, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: nothing is there, or the weights are not those of the recipe's model.
+    """
+    checkpoint = find_checkpoint(path)
+    recipe = load_recipe(checkpoint / RECIPE_FILE)
+    model = build_model(recipe)
+    _load_strictly(model, checkpoint / MODEL_FILE)
+    return model.eval(), recipe
+
+
+def load_masking_network(path: str | Path) -> MaskingNetwork:
+    """The masking network of an `mlo_mae` run or checkpoint folder, on the CPU."""
+    checkpoint = find_checkpoint(path)
+    network = build_masking_network(load_recipe(checkpoint / RECIPE_FILE))
+    _load_strictly(network, checkpoint / MASKING_FILE)
+    return network.eval()
+
+
+def _load_strictly(module: torch.nn.Module, file: Path) -> None:
+    try:
+        module.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{file} does not hold the weights of the recipe beside it ({reason}): "
+            "use another checkpoint"
+        ) from None

@@ -1,0 +1,40 @@
+"""Package metadata: what is installed, with which versions, and the optional extras."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mlomae",
+    version="0.1.0",
+    description="Masked autoencoders that learn which patches to hide, at cluster scale",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mlomae*", "data_ffcv*", "eval*"]),
+    install_requires=[
+        "torch>=2.6,<3",
+        "torchvision>=0.21,<1",
+        "deepspeed>=0.18.7",  # 0.18.5 and 0.18.6 are 2.5 times slower
+        "timm>=1.0.9",
+        "ffcv==1.0.2",  # the last release; data_ffcv extends its loader classes
+        "pillow>=10",  # FFCV imports it without declaring it
+        "setuptools",  # FFCV imports distutils, which Python 3.12 gets from here
+        "numpy>=1.26",
+        "pydantic>=2",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+        "torchmetrics>=1.4",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.7"],
+        "hub": ["huggingface_hub>=0.25", "transformers>=4.46"],
+        "wandb": ["wandb>=0.18"],
+        "dev": [
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.12",
+            "scikit-learn>=1.4",  # an independent reference in the tests of eval
+        ],
+    },
+)

@@ -1,0 +1,142 @@
+"""The compiled crop, resize and flip against Pillow and numpy, image by image."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_ffcv import Augmentation
+from tests.data.conftest import smooth_image
+
+
+@pytest.fixture(scope="module")
+def augment() -> Callable[..., np.ndarray]:
+    """augment(image [H, W, 3], augmentation, num_draws, seed) -> [num_draws, S, S, 3]."""
+    from data_ffcv._decoder import to_settings
+    from data_ffcv._kernels import RAW, decode_images
+
+    def run(
+        image: np.ndarray, augmentation: Augmentation, num_draws: int = 1, seed: int = 0
+    ) -> np.ndarray:
+        size = augmentation.image_size
+        out = np.full((num_draws, size, size, 3), 77, np.uint8)
+        height, width, _ = image.shape
+
+        row = (0, image.size, RAW, height, width)
+        corrupt = decode_images(
+            np.frombuffer(image.tobytes(), np.uint8),
+            np.array([(index, *row) for index in range(num_draws)]),
+            0,
+            to_settings(augmentation, seed),
+            np.empty(image.size, np.uint8),
+            out,
+        )
+        assert corrupt == -1
+        return out
+
+    return run
+
+
+def random_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+SHAPES = [(28, 28), (20, 60), (60, 20), (97, 100), (40, 12), (300, 41), (33, 240)]
+
+
+@pytest.mark.parametrize("image_size", [16, 32, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bicubic_equals_pillow(augment, shape: tuple[int, int], image_size: int):
+    """The whole image as the crop: enlarging and shrinking, on white noise, the hardest case."""
+    pixels = random_pixels(*shape)
+    aspect = shape[1] / shape[0]
+    augmentation = Augmentation(
+        "random_resized_crop", image_size, scale=(1, 1), ratio=(aspect, aspect)
+    )
+    expected = Image.fromarray(pixels).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    difference = augment(pixels, augmentation)[0].astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 75), (41, 96)])
+def test_center_crop_equals_pillow(augment, shape: tuple[int, int]):
+    pixels = random_pixels(*shape)
+    height, width = shape
+    resized = (40, int(40 * width / height)) if height <= width else (int(40 * height / width), 40)
+    image = Image.fromarray(pixels).resize(resized[::-1], Image.Resampling.BICUBIC)
+    top, left = (round((side - 32) / 2) for side in resized)
+    expected = np.asarray(image.crop((left, top, left + 32, top + 32))).astype(int)
+    result = augment(pixels, Augmentation("center_crop", 32, resize=40))[0]
+    assert np.abs(result - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("shape", "image_size"), [((60, 45), 15), ((20, 30), 60)])
+def test_area_is_the_mean_over_covered_pixels(augment, shape: tuple[int, int], image_size: int):
+    pixels = random_pixels(*shape)
+    aspect = shape[1] / shape[0]
+    augmentation = Augmentation(
+        "random_resized_crop", image_size, (1, 1), (aspect, aspect), interpolation="area"
+    )
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
+    # Whole factors: shrinking is a block mean, enlarging repeats pixels.
+    down, up = (shape[0] // image_size, shape[1] // image_size), image_size // shape[0]
+    if up:
+        expected = tensor.repeat_interleave(up, 2).repeat_interleave(image_size // shape[1], 3)
+    else:
+        expected = torch.nn.functional.avg_pool2d(tensor, down)
+    result = augment(pixels, augmentation)[0].transpose(2, 0, 1)
+    assert np.abs(result - expected[0].numpy()).max() <= 1
+
+
+def test_pad_crop_draws_every_offset_and_nothing_else(augment):
+    pixels = random_pixels(8, 8) | 1
+    padded = np.pad(pixels, ((2, 2), (2, 2), (0, 0)))
+    windows = {
+        np.ascontiguousarray(padded[y : y + 8, x : x + 8, :][:, ::step]).tobytes(): (y, x, step)
+        for y in range(5)
+        for x in range(5)
+        for step in (1, -1)
+    }
+    results = augment(pixels, Augmentation("pad_crop", 8, padding=2, flip=True), 1000)
+    counts = Counter(windows[result.tobytes()] for result in results)
+    assert len(counts) == 50
+    assert min(counts.values()) >= 5 and max(counts.values()) <= 45
+
+
+def test_flip_mirrors_half_of_the_images(augment):
+    pixels = random_pixels(28, 40)
+    plain = Augmentation("random_resized_crop", 16)
+    mirrored = Augmentation("random_resized_crop", 16, flip=True)
+    before, after = augment(pixels, plain, 400), augment(pixels, mirrored, 400)
+    same = np.array([np.array_equal(a, b) for a, b in zip(before, after, strict=True)])
+    flipped = [np.array_equal(a[:, ::-1], b) for a, b in zip(before, after, strict=True)]
+    assert np.array_equal(same, ~np.array(flipped))
+    assert 160 <= same.sum() <= 240
+
+
+def test_random_resized_crops_have_the_right_area_and_shape(augment):
+    """A gradient image reveals each crop's extent: its value is its position."""
+    size = 256
+    ramp = np.zeros((size, size, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(size)[:, None], np.arange(size)
+    augmentation = Augmentation("random_resized_crop", 64, scale=(0.2, 0.6), interpolation="area")
+    crops = augment(ramp, augmentation, 2000).astype(float)
+    extent_y = (crops[:, -1, 0, 0] - crops[:, 0, 0, 0]) * 64 / 63
+    extent_x = (crops[:, 0, -1, 1] - crops[:, 0, 0, 1]) * 64 / 63
+    area, ratio = extent_y * extent_x / size**2, extent_x / extent_y
+    assert 0.19 < area.min() < 0.22 and 0.58 < area.max() < 0.61
+    assert abs(area.mean() - 0.4) < 0.01
+    assert 0.73 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.37
+    assert abs(np.log(ratio).mean()) < 0.02
+    assert crops[:, 0, 0, 0].min() < 8 and crops[:, -1, 0, 0].max() > size - 9
+
+
+def test_draws_differ_between_seeds(augment):
+    pixels = np.asarray(smooth_image(np.random.default_rng(0), 40, 40))
+    augmentation = Augmentation("random_resized_crop", 16)
+    first, second = augment(pixels, augmentation, 50), augment(pixels, augmentation, 50, seed=1)
+    assert np.array_equal(first, augment(pixels, augmentation, 50))
+    assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,292 @@
+"""What the engine tests run on every rank: MLO-MAE cycles on real DeepSpeed engines."""
+
+import copy
+import hashlib
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlomae.engines import TrainingLevel, build_level
+from mlomae.hypergrad.partition import view
+from mlomae.mlo_mae import MloMae
+from mlomae.recipe import LevelRecipe
+from tests.hypergrad.brute_force import (
+    MloMaeProblem,
+    OptimizerState,
+    cosine,
+    relative_error,
+)
+from tests.hypergrad.test_one_step import tiny_models
+
+BATCH = 8  # per level, over all ranks
+
+
+def deepspeed_config(
+    stage: int, dtype: str, gradient_clipping: float, micro: int
+) -> dict[str, Any]:
+    world = dist.get_world_size()
+    config = {
+        "zero_optimization": {"stage": stage},
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": BATCH // world // micro,
+        "gradient_accumulation_steps": micro,
+        "gradient_clipping": gradient_clipping,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,  # SGD
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def build(
+    stage: int,
+    dtype: str,
+    optimizer: str,
+    gradient_clipping: float = 0.0,
+    micro: int = 1,
+    dropout: float = 0.0,
+) -> tuple[MloMae, list[torch.nn.Module]]:
+    """The tiny problem on engines, and copies of its untouched models."""
+    models = tiny_models(dropout)
+    copies = [copy.deepcopy(m) for m in models]
+    levels: list[TrainingLevel] = []
+    for name, model, lr in zip(("pretrain", "classifier", "mask"), models, LRS, strict=True):
+        n = micro if name == "pretrain" else 1
+        recipe = LevelRecipe(
+            batch_size=BATCH,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=0.01,
+            momentum=0.9,
+            eps=EPS,
+            decay_norm_and_bias=name == "pretrain",
+        )
+        template = None if name == "mask" else copy.deepcopy(model).to("meta")
+        config = deepspeed_config(stage, dtype, gradient_clipping, n)
+        levels.append(
+            build_level(
+                name, model, recipe, config, template=template, total_steps=10**9, warmup_steps=0
+            )
+        )
+    return MloMae(*levels), copies
+
+
+LRS = (1e-2, 5e-2, 1e-3)
+WARM_CYCLES = 3
+# Key biases have no gradient but rounding, which Adam divides by eps: 1e-8 would amplify it.
+EPS = 1e-4
+
+
+def batches(cycle: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Global batches of one cycle: pretrain images, classifier and mask images with labels."""
+    generator = torch.Generator().manual_seed(100 + cycle)
+    images = [torch.randn(BATCH, 3, 8, 8, generator=generator) for _ in range(3)]
+    labels = [torch.randint(5, (BATCH,), generator=generator) for _ in range(2)]
+    return images[0], images[1], labels[0], images[2], labels[1]
+
+
+def mine(tensor: Tensor) -> Tensor:
+    """This rank's share of a global batch."""
+    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def run_lower(method: MloMae, cycle: int, micro: int = 1) -> None:
+    pretrain, images, labels, *_ = (mine(t) for t in batches(cycle))
+    method.pretrain_step(list(pretrain.chunk(micro)), record=True)
+    method.classifier_step(images, labels, record=True)
+
+
+def hypergradient(method: MloMae, cycle: int) -> dict[str, Tensor]:
+    """Gradient of the mask level at the moment it steps, whole and on every rank."""
+    level = method.mask
+    found: dict[str, Tensor] = {}
+    original = level.step
+
+    def capture(loss: Tensor) -> bool:
+        partition = level.level.partition
+        found.update(partition.gather(list(partition.shapes), partition.gradient())[0])
+        return original(loss)
+
+    level.step = capture  # type: ignore[method-assign]
+    *_, images, labels = (mine(t) for t in batches(cycle))
+    method.mask_step(images, labels)
+    level.step = original  # type: ignore[method-assign]
+    return {name: value.clone() for name, value in found.items()}
+
+
+def as_problem(method: MloMae, models: list[torch.nn.Module], optimizer: str, clip: float) -> Any:
+    """The engines' present state in float64, for whatever batches and selection come next."""
+    states = []
+    for level, model, lr in zip(levels_of(method), models, LRS, strict=True):
+        partition = level.level.partition
+        names = list(partition.shapes)
+        weights = partition.gather(names, partition.weights())[0]
+        model.double().load_state_dict({n: w.double() for n, w in weights.items()}, strict=False)
+        if level is method.mask:
+            continue  # its optimizer takes no part
+        state = OptimizerState(
+            optimizer, lr, weight_decay=0.01, momentum=0.9, eps=EPS, max_norm=clip
+        )
+        state.decay_vectors = level is method.pretrain
+        keys = ("momentum_buffer",) if optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
+        entries = [partition.optimizer.state[shard] for shard in partition.shards()]
+        moments = partition.gather(names, *([e[k].flatten() for e in entries] for k in keys))
+        state.memory = {n: tuple(m[n].double().clone() for m in moments) for n in names}
+        state.num_steps = int(entries[0].get("step", 1))
+        states.append(state)
+    return partial(MloMaeProblem, *models, *states)
+
+
+def levels_of(method: MloMae) -> list[TrainingLevel]:
+    return [method.pretrain, method.classifier, method.mask]
+
+
+def everybodys(tensor: Tensor) -> list[Tensor]:
+    """A tensor of every rank, in their order."""
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, tensor)
+    return found
+
+
+def against_brute_force(cases: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
+    """Relative error and cosine of the engine's hypergradient, in several cycles of each case.
+
+    Some cycles are trained before: with the first AdamW step's moments the derivative is the
+    difference of two almost equal numbers, and its rounding would be all that is measured.
+    """
+    results = []
+    for case in cases:
+        method, models = build(**case)
+        for cycle in range(WARM_CYCLES):
+            run_lower(method, cycle, case.get("micro", 1))
+        cycles = range(WARM_CYCLES, WARM_CYCLES + 3)
+        results.append([one_cycle(method, models, cycle, case) for cycle in cycles])
+        destroy(method)
+    return results
+
+
+def one_cycle(
+    method: MloMae, models: list[torch.nn.Module], cycle: int, case: dict[str, Any]
+) -> dict[str, float]:
+    """Train one cycle, and compare its hypergradient with the reference's."""
+    problem = as_problem(method, models, case["optimizer"], case.get("gradient_clipping", 0.0))
+    run_lower(method, cycle, case.get("micro", 1))
+    passes = method._pretrain_record.micro_batches
+    images = [part.double() for p in passes for part in everybodys(p.images)]
+    selection = [part.double() for p in passes for part in everybodys(p.scores)]
+    _, x2, y2, x3, y3 = batches(cycle)
+    truth = problem(images, (x2.double(), y2), (x3.double(), y3), selection).hypergradient()
+    value = hypergradient(method, cycle)
+    return {"error": relative_error(value, truth), "cosine": cosine(value, truth)}
+
+
+def fingerprint(method: MloMae) -> dict[str, str]:
+    """A hash of everything a derivative evaluation must leave alone, by its name."""
+    found = {"random state": _hash(torch.get_rng_state())}
+    for level in (method.pretrain, method.classifier):
+        partition, engine, name = level.level.partition, level.engine, level.name
+        found[f"{name} weights"] = _hash(*partition.weights())
+        shards = partition.shards()
+        entries = [partition.optimizer.state[shard] for shard in shards]
+        memory = [[entry[key].flatten() for entry in entries] for key in ("exp_avg", "exp_avg_sq")]
+        vectors = [[shard.flatten() for shard in shards], *memory]
+        for kind, vector in zip(("master", "exp_avg", "exp_avg_sq"), vectors, strict=True):
+            # By fragments: the padding between them is never initialised.
+            found[f"{name} {kind}"] = _hash(*(view(vector, f) for f in partition.fragments))
+        found[f"{name} adam step"] = repr([float(entry["step"]) for entry in entries])
+        counters = (
+            engine.micro_steps,
+            engine.global_steps,
+            engine.global_samples,
+            engine.skipped_steps,
+            engine._is_gradient_accumulation_boundary,
+            engine.training,
+            level.num_steps,
+            getattr(engine.optimizer, "micro_step_id", None),
+        )
+        found[f"{name} counters"] = repr(counters)
+    return found
+
+
+def _hash(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def leaves_no_trace(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """State of the lower levels around a hypergradient, and their future with and without it."""
+    results = []
+    for case in cases:
+        futures = []
+        for probe in (False, True):
+            method, _ = build(**case, dropout=0.1)
+            torch.manual_seed(dist.get_rank())
+            run_lower(method, 0)
+            before = fingerprint(method)
+            if probe:
+                hypergradient(method, 0)
+                after = fingerprint(method)
+            # theta's own step would change the next scores, so only w and C are driven on.
+            futures.append(drive_on(method))
+            destroy(method)
+        results.append({"before": before, "after": after, "futures": futures})
+    return results
+
+
+def drive_on(method: MloMae) -> dict[str, str]:
+    """Two more steps of the lower levels with fixed scores, then their fingerprint."""
+    method._score = lambda e: torch.linspace(0.1, 0.9, e.shape[1]).expand(e.shape[:2])  # type: ignore[method-assign]
+    for cycle in (1, 2):
+        run_lower(method, cycle)
+    return fingerprint(method)
+
+
+def same_at_any_world_size(stage: int) -> dict[str, Tensor]:
+    """The fp32 hypergradient of the second cycle, after one whole cycle of training."""
+    method, _ = build(stage, "fp32", "adamw")
+    run_lower(method, 0)
+    hypergradient(method, 0)
+    run_lower(method, 1)
+    return hypergradient(method, 1)
+
+
+def bad_numbers(stage: int) -> dict[str, Any]:
+    """One rank sees NaN images in a pretrain step: nobody steps, and training goes on."""
+    method, _ = build(stage, "fp32", "adamw")
+    before = _hash(*method.pretrain.level.partition.weights())
+    pretrain, images, labels, mask_images, mask_labels = (mine(t) for t in batches(0))
+    poisoned = pretrain * float("nan") if dist.get_rank() == 1 else pretrain
+    method.pretrain_step([poisoned], record=True)
+    after = _hash(*method.pretrain.level.partition.weights())
+    method.classifier_step(images, labels, record=True)
+    method.mask_step(mask_images, mask_labels)
+    skipped = (method.pretrain.num_skipped, method.classifier.num_skipped, method.mask.num_skipped)
+    run_lower(method, 1)
+    hypergradient(method, 1)
+    recovered = (method.pretrain.num_skipped, method.mask.num_skipped)
+    message = ""
+    try:
+        for _ in range(3):
+            method.pretrain_step([poisoned], record=False)
+    except RuntimeError as error:
+        message = str(error)
+    return {
+        "unchanged": before == after,
+        "skipped": skipped,
+        "recovered": recovered,
+        "finite": all(bool(s.isfinite().all()) for s in method.pretrain.level.partition.shards()),
+        "message": message,
+    }
+
+
+def destroy(method: MloMae) -> None:
+    for level in (method.pretrain, method.classifier, method.mask):
+        level.engine.destroy()
+    deepspeed.comm.barrier()
