@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from data_ffcv import DataError
 from eval.features import EncodedSets, ImageSets
@@ -112,7 +112,7 @@ def evaluate_encoder(
         "test": args.test,
         **describe(data),
         **evaluate(data),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - start, 3),
     }
     write_json(file, result)
     _show(result, file)
@@ -170,11 +170,10 @@ def _default_output(checkpoint: Path, name: str, *, untrained: bool) -> Path:
 
 
 def _show(result: dict[str, Any], file: Path) -> None:
-    table = Table("encoder", "evaluation", "accuracy", "test images", "seconds")
+    table = Table(Column("encoder", overflow="fold"), "evaluation", "accuracy", "seconds")
     encoder = "untrained" if result["untrained"] else result["checkpoint"]
     accuracy = f"{100 * result['accuracy']:.2f} %"
-    count, seconds = str(result["num_test_images"]), f"{result['seconds']:.1f}"
-    table.add_row(encoder, result["evaluation"], accuracy, count, seconds)
+    table.add_row(encoder, result["evaluation"], accuracy, f"{result['seconds']:.1f}")
     console = Console()
     console.print(table)
     console.print(f"result: {file}", highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from eval import cli, knn, linear_probe
 from eval.features import ImageSets
@@ -57,12 +57,12 @@ def _evaluate(
         **cli.describe(data),
         "knn": knn.evaluate(data, knn.KnnSettings()),
         "linear_probe": linear_probe.evaluate(data, linear_probe.ProbeSettings()),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - start, 3),
     }
 
 
 def _show(rows: list[dict[str, Any]], file: Path) -> None:
-    table = Table("encoder", "k-NN", "linear probe", "checkpoint")
+    table = Table("encoder", "k-NN", "linear probe", Column("checkpoint", overflow="fold"))
     for row in rows:
         accuracies = [f"{100 * row[name]['accuracy']:.2f} %" for name in ("knn", "linear_probe")]
         table.add_row(row["encoder"], *accuracies, row["checkpoint"])

@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+__version__ = "0.1.0"
+
 
 def _mend_torchvision() -> None:
     """Make `import torchvision` work where its compiled operators cannot load.

@@ -92,7 +92,7 @@ def _table(facts: Facts) -> str:
     row = facts.results[0]
     lines += [
         "",
-        f"Accuracy on the {row['num_test_images']} test images, which no training run and no choice "
+        f"Accuracy on the {row['num_test_images']} test images, which no training and no choice "
         f"of a setting has seen; k-NN and linear probe learn from {row['num_train_images']} "
         f"labelled training images in {row['num_classes']} classes. Images: {facts.source}.",
     ]

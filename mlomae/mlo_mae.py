@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlomae.engines import TrainingLevel
 from mlomae.hypergrad import StepRecord
-from mlomae.models import reconstruction_loss
+from mlomae.models import Scorer, reconstruction_loss
 from mlomae.models.precision import at_least_float32
 
 
@@ -181,6 +181,10 @@ class MloMae:
         self.mask.backward(
             reconstruction_loss(torch.cat(derivatives), torch.cat([p.mask for p in passes]), scores)
         )
+
+    def picture_scorer(self) -> Scorer:
+        """Scores images for a picture, as training would."""
+        return self._score
 
     @torch.no_grad()
     def _score(self, embedding: Tensor) -> Tensor:

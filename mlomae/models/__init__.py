@@ -3,6 +3,7 @@
 from mlomae.models.classifier import ClassificationHead
 from mlomae.models.mae import (
     MaskedAutoencoder,
+    Scorer,
     random_scores,
     reconstruction_loss,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "ClassificationHead",
     "MaskedAutoencoder",
     "MaskingNetwork",
+    "Scorer",
     "random_scores",
     "reconstruction_loss",
 ]

@@ -1,0 +1,33 @@
+"""Pretrain MLO-MAE or plain MAE on any number of GPUs, or on CPU.
+
+    deepspeed [--hostfile H] launch/pretrain.py --recipe R.yaml --deepspeed_config D.json \\
+        [--resume] [key.subkey=value ...]
+"""
+
+import argparse
+import sys
+
+
+def main() -> int:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", required=True, help="a YAML file, or a shipped recipe's name")
+    parser.add_argument("--deepspeed_config", required=True, help="a DeepSpeed JSON file")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from output_dir's newest checkpoint"
+    )
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; unused")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    arguments = parser.parse_intermixed_args()
+
+    from mlomae.train import main as train  # late, so that --help is quick
+
+    return train(
+        arguments.recipe, arguments.deepspeed_config, arguments.resume, arguments.overrides
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
