@@ -3,7 +3,7 @@
     output_dir/checkpoints/
         latest                      name of the newest complete checkpoint
         step_00001500/              named after the encoder's step
-            state.json              cycle, step counters, clock, number of ranks, versions
+            state.json              cycle, step counters, clock, number of ranks, file sizes
             recipe.yaml             the resolved recipe
             model.safetensors       encoder and decoder, fp32, under the published names
             masking.safetensors     masking network (mlo_mae)
@@ -22,6 +22,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mlomae
+from mlomae._checkpoint_writer import Writer, save_engine
 from mlomae.engines import TrainingLevel
 from mlomae.errors import UserError
 from mlomae.recipe import Recipe, differing_keys, dump_recipe, load_recipe
@@ -64,33 +66,44 @@ def save(
 
     Args:
         folder: the run's `checkpoints` folder, shared by all ranks.
+
+    Raises:
+        UserError: some rank could not write, on all ranks; older checkpoints are untouched.
     """
     start = time.perf_counter()
     final = folder / f"step_{levels['pretrain'].num_steps:08d}"
     partial = final.with_suffix(".tmp")
     rank = dist.get_rank()
+    writer = Writer(partial)
     if rank == 0:
-        for leftover in folder.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    dist.barrier()
+        writer.attempt(_make_room, partial, list(levels))
+    writer.agree()
 
     for name, level in levels.items():
-        level.engine.save_checkpoint(str(partial / name), tag=_TAG, save_latest=False)
+        save_engine(level.engine, partial / name, _TAG, writer)
         if name in _WEIGHTS:
             weights = _full_weights(level)
             if rank == 0:
-                save_file(weights, partial / _WEIGHTS[name])
-    torch.save(_random_state(), partial / f"random_{rank:05d}.pt")
+                writer.attempt(save_file, weights, partial / _WEIGHTS[name])
+    writer.attempt(torch.save, _random_state(), partial / f"random_{rank:05d}.pt")
     if rank == 0:
-        (partial / RECIPE_FILE).write_text(dump_recipe(recipe))
-        (partial / "state.json").write_text(json.dumps(_describe(levels, progress), indent=1))
-    dist.barrier()
+        writer.attempt((partial / RECIPE_FILE).write_text, dump_recipe(recipe))
+    writer.agree()
     if rank == 0:
-        _publish(partial, final, recipe.checkpoint.keep)
-    dist.barrier()
+        writer.attempt(_publish, partial, final, _describe(levels, progress))
+    writer.agree()
+    if rank == 0:
+        _remove_old(folder, recipe.checkpoint.keep)
     logger.info("saved %s in %.1f s", final, time.perf_counter() - start)
     return final
+
+
+def _make_room(partial: Path, names: list[str]) -> None:
+    """Remove what was cut short, and make the folders which DeepSpeed would make unguarded."""
+    for leftover in partial.parent.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    for name in names:
+        (partial / name / _TAG).mkdir(parents=True)
 
 
 def load(folder: Path, levels: dict[str, TrainingLevel], recipe: Recipe) -> Progress | None:
@@ -102,16 +115,26 @@ def load(folder: Path, levels: dict[str, TrainingLevel], recipe: Recipe) -> Prog
     Raises:
         UserError: it belongs to another recipe or number of ranks, or cannot be read.
     """
+    for cut_short in folder.glob("step_*.tmp"):
+        logger.info("ignored %s: its writing was cut short", cut_short)
     newest = latest(folder)
     if newest is None:
         return None
     state = read_state(newest, recipe)
     for name, level in levels.items():
-        path, _ = level.engine.load_checkpoint(str(newest / name), tag=_TAG)
-        if path is None:
-            raise UserError(f"{newest / name} cannot be read: remove {newest} to use an older one")
-        level.num_steps = state["levels"][name]["num_steps"]
-        level.num_skipped = state["levels"][name]["num_skipped"]
+        saved = state["levels"][name]
+        if saved["engine"] != (own := _describe_engine(level.engine)):
+            raise UserError(
+                f"{newest} was written with {saved['engine']}, but the DeepSpeed config makes "
+                f"{name} {own}: use the config that the run was started with"
+            )
+        try:
+            level.engine.load_checkpoint(str(newest / name), tag=_TAG)
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise _unreadable(newest, f"{name}: {reason}") from None
+        level.num_steps = saved["num_steps"]
+        level.num_skipped = saved["num_skipped"]
     _restore_random_state(torch.load(newest / f"random_{dist.get_rank():05d}.pt"))
     logger.info("resumed from %s", newest)
     return Progress(**state["progress"])
@@ -120,8 +143,6 @@ def load(folder: Path, levels: dict[str, TrainingLevel], recipe: Recipe) -> Prog
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a run's `checkpoints` folder."""
     complete = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")
-    for cut_short in folder.glob("step_*.tmp"):
-        logger.warning("ignored %s: its writing was cut short", cut_short)
     return complete[-1] if complete else None
 
 
@@ -129,24 +150,23 @@ def read_state(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
     """`state.json` of a checkpoint that fits the recipe and the number of ranks.
 
     Raises:
-        UserError: it does not fit; names the keys or numbers.
+        UserError: it does not fit (names the keys or numbers), or is damaged (names the file).
     """
     try:
         state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        version, files = state["format"], state["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(checkpoint, f"state.json: {error}") from None
+    if version != FORMAT:
         raise UserError(
-            f"{checkpoint} cannot be read ({error}): remove it to use an older one"
-        ) from None
-    if state["format"] != FORMAT:
-        raise UserError(
-            f"{checkpoint} has format {state['format']}, this version reads {FORMAT}: "
+            f"{checkpoint} has format {version}, this version reads {FORMAT}: "
             f"resume with mlomae {state['versions']['mlomae']}"
         )
-    if differing := differing_keys(load_recipe(checkpoint / RECIPE_FILE), recipe):
-        raise UserError(
-            f"{checkpoint} was trained with another recipe (differing keys: "
-            f"{', '.join(differing)}): set them back, or choose another output_dir"
-        )
+    present = _file_sizes(checkpoint)
+    for name, size in files.items():
+        if present.get(name) != size:
+            raise _unreadable(checkpoint, f"{name}: {present.get(name, 0)} of {size} bytes")
+    refuse_other_recipe(checkpoint, recipe)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if state["world_size"] != world_size:
         raise UserError(
@@ -156,17 +176,52 @@ def read_state(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
     return state
 
 
+def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse to continue what the recipe in a run or checkpoint folder began differently.
+
+    Raises:
+        UserError: names the keys.
+    """
+    if differing := differing_keys(load_recipe(folder / RECIPE_FILE), recipe):
+        raise UserError(
+            f"{folder} was trained with another recipe (differing keys: "
+            f"{', '.join(differing)}): set them back, or choose another output_dir"
+        )
+
+
+def _unreadable(checkpoint: Path, reason: str) -> UserError:
+    return UserError(
+        f"{checkpoint} is damaged ({reason}): remove it to continue from the one before it"
+    )
+
+
 def _describe(levels: dict[str, TrainingLevel], progress: Progress) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "progress": asdict(progress),
         "levels": {
-            name: {"num_steps": level.num_steps, "num_skipped": level.num_skipped}
+            name: {
+                "num_steps": level.num_steps,
+                "num_skipped": level.num_skipped,
+                "engine": _describe_engine(level.engine),
+            }
             for name, level in levels.items()
         },
         "world_size": dist.get_world_size(),
         "versions": {"mlomae": mlomae.__version__, "torch": torch.__version__},
     }
+
+
+def _describe_engine(engine: Any) -> str:
+    """What decides how DeepSpeed lays out its files."""
+    dtype = str(engine.get_data_types()[0]).removeprefix("torch.")
+    return f"ZeRO stage {engine.zero_optimization_stage()} in {dtype}"
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by its relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _full_weights(level: TrainingLevel) -> dict[str, Tensor]:
@@ -182,20 +237,29 @@ def _full_weights(level: TrainingLevel) -> dict[str, Tensor]:
     return weights | {name: buffer.float().cpu().contiguous() for name, buffer in buffers}
 
 
-def _publish(partial: Path, final: Path, keep: int) -> None:
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    if final.exists():
-        shutil.rmtree(final)  # the same step, reached again after a resume from an older one
-    partial.rename(final)
+def _publish(partial: Path, final: Path, state: dict[str, Any]) -> None:
+    """Complete a written checkpoint with `state.json` and give it its name."""
+    state["files"] = _file_sizes(partial)
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for name in [*state["files"], "state.json"]:
+        with (partial / name).open("rb") as file:
+            os.fsync(file.fileno())
+    if final.exists():  # the same step, reached again after a resume
+        replaced = final.with_suffix(".replaced.tmp")
+        final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(final)
     pointer = final.parent / "latest.tmp"
     pointer.write_text(final.name)
     pointer.replace(final.parent / "latest")
-    complete = sorted(p for p in final.parent.glob("step_*") if p.suffix != ".tmp")
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    complete = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")
     for old in complete[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # a file held open on NFS must not end the run
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -67,8 +67,7 @@ def check_deepspeed_config(
     Raises:
         UserError: The two contradict each other, or the method does not support the JSON.
     """
-    if recipe.method == "mlo_mae":
-        _check_hypergradient(config, config_name)
+    _check_readable(config, config_name)
     for level_name, level in recipe.levels.items():
         level_config(config, level, level_name, world_size, recipe_name, config_name)
 
@@ -167,19 +166,28 @@ def _check_stage_and_precision(config: dict[str, Any]) -> None:
         )
 
 
-def _check_hypergradient(config: Mapping[str, Any], config_name: str) -> None:
-    """Refuse what the hypergradient of mlo_mae cannot read from a DeepSpeed engine."""
+def _check_readable(config: Mapping[str, Any], config_name: str) -> None:
+    """Refuse engines whose gradients `mlomae.hypergrad` cannot read.
+
+    Plain MAE reads them, too: for the guard against bad steps and for the fp32 export.
+    """
     if _is_enabled(config, "fp16"):
         raise UserError(
-            f"{config_name}: fp16.enabled is true, but method mlo_mae does not support "
-            "loss-scaled hypergradients yet: use bf16 instead"
+            f"{config_name}: fp16.enabled is true, but loss-scaled gradients are not supported yet: "
+            "use bf16 instead"
         )
     grad_dtype = _section(config, "data_types").get("grad_accum_dtype")
     # DeepSpeed then keeps the gradients in its BF16_Optimizer instead of its ZeRO optimizer
     if _stage(config) == 1 and _is_enabled(config, *_BF16) and grad_dtype in _FP32_NAMES:
         raise UserError(
-            f"{config_name}: data_types.grad_accum_dtype is {grad_dtype}, which method mlo_mae "
-            "does not support yet with ZeRO stage 1 and bf16: remove it or use stage 2"
+            f"{config_name}: data_types.grad_accum_dtype is {grad_dtype}, which is not supported "
+            "yet with ZeRO stage 1 and bf16: remove it or use stage 2"
+        )
+    zero = _section(config, "zero_optimization")
+    if _stage(config) in (1, 2) and "offload_optimizer" in zero:
+        raise UserError(
+            f"{config_name}: zero_optimization.offload_optimizer is not supported yet at stage "
+            f"{_stage(config)}: remove it or use stage 3"
         )
 
 

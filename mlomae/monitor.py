@@ -30,10 +30,14 @@ class Meters:
         self._frequency: Tensor | None = None
 
     def add(self, name: str, value: float) -> None:
-        """Count one value; values that are not finite are left out."""
+        """Count one value; one that is not finite is left out, though its name counts.
+
+        All ranks must add the same names, for their sums are laid out by name.
+        """
+        sums = self._sums[name]
         if math.isfinite(value):
-            self._sums[name][0] += value
-            self._sums[name][1] += 1
+            sums[0] += value
+            sums[1] += 1
 
     def add_mask_frequency(self, frequency: Tensor) -> None:
         """Count how often each patch position was hidden, [N], in one step."""

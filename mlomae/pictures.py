@@ -65,7 +65,8 @@ def _to_bytes(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np
 
 def _score_map(model: MaskedAutoencoder, scores: Tensor, size: int) -> np.ndarray:
     """Scores [B, N] -> uint8 [B, S, S, 3], coloured by rank within the image."""
-    ranks = scores.argsort(dim=1).argsort(dim=1).float() / (scores.shape[1] - 1)
+    order = scores.argsort(dim=1, stable=True)  # as the model breaks ties
+    ranks = order.argsort(dim=1).float() / (scores.shape[1] - 1)
     stops = torch.tensor([LOW, MIDDLE, HIGH], dtype=torch.float32, device=ranks.device)
     position = ranks * (len(stops) - 1)
     below = position.long().clamp(max=len(stops) - 2)

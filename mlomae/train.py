@@ -1,22 +1,19 @@
 """From a recipe to a finished run: check everything, build engines and streams, train."""
 
+import errno
 import json
 import logging
-import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.logging import RichHandler
 
 from data_ffcv import (
     Augmentation,
@@ -28,6 +25,13 @@ from data_ffcv import (
     split_by_class,
 )
 from mlomae import checkpoint
+from mlomae._ranks import (
+    launched_rank,
+    launched_world_size,
+    report,
+    set_up_logging,
+    start_ranks,
+)
 from mlomae.deepspeed_config import check_deepspeed_config, level_config, load_deepspeed_config
 from mlomae.engines import NonFiniteError, TrainingLevel, build_level
 from mlomae.errors import UserError
@@ -67,21 +71,25 @@ class Plan:
 def main(recipe: str, deepspeed_config: str, resume: bool, overrides: Sequence[str]) -> int:
     """Train as `launch/pretrain.py` was asked to, and return the exit code.
 
-    0: finished. 1: the numbers broke down. 2: bad input. 128 + n: stopped by signal n, saved.
+    0: finished. 1: the numbers broke down. 2: bad input, or an output_dir that cannot be written.
+    128 + n: stopped by signal n, saved.
     """
-    _set_up_logging()
+    set_up_logging()
     try:
         plan = make_plan(recipe, deepspeed_config, resume, overrides)
-        _start_ranks()
+        start_ranks()
         run(plan)
     except (UserError, DataError) as error:
-        if _local_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        report(error)
         return 2
     except NonFiniteError as error:
-        if _rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        report(error)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        report(UserError(f"{error}: free some space below output_dir, and continue with --resume"))
+        return 2
     except Stopped as stopped:
         logger.info("%s", stopped)
         return stopped.code
@@ -99,7 +107,7 @@ def make_plan(recipe_path: str, config_path: str, resume: bool, overrides: Seque
     """
     recipe = load_recipe(recipe_path, overrides)
     config = load_deepspeed_config(config_path)
-    check_deepspeed_config(config, recipe, _world_size(), recipe_path, config_path)
+    check_deepspeed_config(config, recipe, launched_world_size(), recipe_path, config_path)
     info = inspect_beton(recipe.data.train)
     indices: dict[str, np.ndarray | None] = {"pretrain": None}
     num_images = info.num_samples
@@ -131,11 +139,13 @@ def _check_output_dir(recipe: Recipe, resume: bool) -> None:
             f"output_dir {folder} holds another run: add --resume to continue it, or choose "
             "another output_dir"
         )
-    probe = folder / f".write_test_{_rank()}"
+    probe = folder / f".write_test_{launched_rank()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        try:
+            probe.write_bytes(b"x" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"output_dir {folder} cannot be written ({error.strerror}): choose another, or mend "
@@ -150,6 +160,8 @@ def _check_output_dir(recipe: Recipe, resume: bool) -> None:
     newest = checkpoint.latest(folder / "checkpoints") if resume else None
     if newest is not None:
         checkpoint.read_state(newest, recipe)
+    elif (folder / RECIPE_FILE).exists():  # it ended before its first checkpoint
+        checkpoint.refuse_other_recipe(folder, recipe)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -269,34 +281,3 @@ def _write_resolved(plan: Plan) -> None:
     folder = Path(plan.recipe.output_dir)
     (folder / RECIPE_FILE).write_text(resolved)
     (folder / "deepspeed_config.json").write_text(json.dumps(plan.deepspeed_config, indent=2))
-
-
-def _start_ranks() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(_local_rank())
-        deepspeed.init_distributed("nccl")
-        return
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    deepspeed.init_distributed("gloo")
-
-
-def _set_up_logging() -> None:
-    handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%X")
-    level = logging.INFO if _rank() == 0 else logging.WARNING
-    prefix = "" if _rank() == 0 else f"[rank {_rank()}] "
-    logging.basicConfig(level=level, format=f"{prefix}%(message)s", handlers=[handler], force=True)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

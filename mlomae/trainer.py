@@ -68,6 +68,7 @@ class Trainer:
         self.cycles_per_epoch = num_images / self.images_per_cycle
         self._meters = Meters(self.device)
         self._started = time.perf_counter()
+        self._recorded = progress.cycle
         self._stop_signal = 0
 
     def run(self) -> None:
@@ -85,11 +86,11 @@ class Trainer:
             while self.progress.cycle < self.num_cycles:
                 self._cycle()
                 self.progress.cycle += 1
-                self._record(monitor)
+                stop = self._agreed_stop()
+                self._record(monitor, is_last=bool(stop) or self.progress.cycle == self.num_cycles)
                 bar.update(task, completed=self.progress.cycle, description=self._headline())
                 if self._is_due(self.recipe.monitor.picture_interval_epochs):
                     self._picture(monitor)
-                stop = self._agreed_stop()
                 if stop or self._is_due(self.recipe.checkpoint.interval_epochs):
                     self._save()
                 if stop:
@@ -138,15 +139,14 @@ class Trainer:
                 self._meters.add("masking/score_std", float(scores.std(dim=1).mean()))
                 self._meters.add("masking/score_entropy", float(_binary_entropy(scores)))
 
-    def _record(self, monitor: Monitor) -> None:
-        interval = self.recipe.monitor.log_interval
+    def _record(self, monitor: Monitor, is_last: bool) -> None:
         cycle = self.progress.cycle
-        if cycle % interval and cycle < self.num_cycles:
+        if cycle % self.recipe.monitor.log_interval and not is_last:
             return
         now = time.perf_counter()
         elapsed, self._started = now - self._started, now
         self.progress.seconds += elapsed
-        num_cycles = interval if cycle % interval == 0 else cycle % interval
+        num_cycles, self._recorded = cycle - self._recorded, cycle
         record: Record = {
             "cycle": cycle,
             "epoch": cycle / self.cycles_per_epoch,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mlomae.errors import UserError
@@ -84,7 +85,7 @@ def load_masking_network(path: str | Path) -> MaskingNetwork:
 def _load_strictly(module: torch.nn.Module, file: Path) -> None:
     try:
         module.load_state_dict(load_file(file))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{file} does not hold the weights of the recipe beside it ({reason}): "

@@ -86,9 +86,9 @@ class MaskedAutoencoder(nn.Module):
                 self.register_parameter(name, nn.Parameter(table))
             else:
                 self.register_buffer(name, table)
-        self.reset_parameters()
+        self._initialise()
 
-    def reset_parameters(self) -> None:
+    def _initialise(self) -> None:
         """MAE's initialisation; the patch projection's bias keeps the framework's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):

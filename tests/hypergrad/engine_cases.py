@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from functools import partial
 from typing import Any
 
@@ -21,30 +22,27 @@ from tests.hypergrad.brute_force import (
     relative_error,
 )
 from tests.hypergrad.test_one_step import tiny_models
+from tests.ranks import ROOT
 
 BATCH = 8  # per level, over all ranks
 
 
 def deepspeed_config(
-    stage: int, dtype: str, gradient_clipping: float, micro: int
+    shipped: str, dtype: str, gradient_clipping: float, micro: int
 ) -> dict[str, Any]:
-    world = dist.get_world_size()
-    config = {
-        "zero_optimization": {"stage": stage},
+    """A shipped configuration, in bf16 as it is or in fp32."""
+    config = json.loads((ROOT / "ds_configs" / f"{shipped}.json").read_text())
+    config["bf16"]["enabled"] = dtype == "bf16"
+    return config | {
         "train_batch_size": BATCH,
-        "train_micro_batch_size_per_gpu": BATCH // world // micro,
+        "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size() // micro,
         "gradient_accumulation_steps": micro,
         "gradient_clipping": gradient_clipping,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,  # SGD
     }
-    if dtype == "bf16":
-        config["bf16"] = {"enabled": True}
-    return config
 
 
 def build(
-    stage: int,
+    shipped: str,
     dtype: str,
     optimizer: str,
     gradient_clipping: float = 0.0,
@@ -67,7 +65,7 @@ def build(
             decay_norm_and_bias=name == "pretrain",
         )
         template = None if name == "mask" else copy.deepcopy(model).to("meta")
-        config = deepspeed_config(stage, dtype, gradient_clipping, n)
+        config = deepspeed_config(shipped, dtype, gradient_clipping, n)
         levels.append(
             build_level(
                 name, model, recipe, config, template=template, total_steps=10**9, warmup_steps=0
@@ -248,18 +246,27 @@ def drive_on(method: MloMae) -> dict[str, str]:
     return fingerprint(method)
 
 
-def same_at_any_world_size(stage: int) -> dict[str, Tensor]:
+def same_at_any_world_size(configs: list[str]) -> dict[str, dict[str, Tensor]]:
     """The fp32 hypergradient of the second cycle, after one whole cycle of training."""
-    method, _ = build(stage, "fp32", "adamw")
-    run_lower(method, 0)
-    hypergradient(method, 0)
-    run_lower(method, 1)
-    return hypergradient(method, 1)
+    found = {}
+    for shipped in configs:
+        method, _ = build(shipped, "fp32", "adamw")
+        run_lower(method, 0)
+        hypergradient(method, 0)
+        run_lower(method, 1)
+        found[shipped] = hypergradient(method, 1)
+        destroy(method)
+    return found
 
 
-def bad_numbers(stage: int) -> dict[str, Any]:
+def bad_numbers(configs: list[str]) -> dict[str, dict[str, Any]]:
+    """What `bad_numbers_with` finds for each configuration."""
+    return {shipped: bad_numbers_with(shipped) for shipped in configs}
+
+
+def bad_numbers_with(shipped: str) -> dict[str, Any]:
     """One rank sees NaN images in a pretrain step: nobody steps, and training goes on."""
-    method, _ = build(stage, "fp32", "adamw")
+    method, _ = build(shipped, "fp32", "adamw")
     before = _hash(*method.pretrain.level.partition.weights())
     pretrain, images, labels, mask_images, mask_labels = (mine(t) for t in batches(0))
     poisoned = pretrain * float("nan") if dist.get_rank() == 1 else pretrain
@@ -277,11 +284,13 @@ def bad_numbers(stage: int) -> dict[str, Any]:
             method.pretrain_step([poisoned], record=False)
     except RuntimeError as error:
         message = str(error)
+    finite = all(bool(s.isfinite().all()) for s in method.pretrain.level.partition.weights())
+    destroy(method)
     return {
         "unchanged": before == after,
         "skipped": skipped,
         "recovered": recovered,
-        "finite": all(bool(s.isfinite().all()) for s in method.pretrain.level.partition.shards()),
+        "finite": finite,
         "message": message,
     }
 

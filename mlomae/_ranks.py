@@ -1,0 +1,66 @@
+"""The processes of one launch: which one this is, how they start, and how they speak."""
+
+import logging
+import os
+import sys
+import time
+
+import deepspeed
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+
+LAUNCHER_GRACE = 4.0  # seconds in which DeepSpeed's launcher surely notices that a rank has ended
+
+
+def report(error: Exception) -> None:
+    """Print an error once per node.
+
+    Most errors meet all ranks alike, and the launcher ends the others as soon as one is gone. Only
+    a rank that failed alone outlives the wait, and says so.
+    """
+    if _local_rank():
+        time.sleep(LAUNCHER_GRACE)
+    rank = f"rank {launched_rank()}: " if _local_rank() else ""
+    print(f"error: {rank}{error}", file=sys.stderr, flush=True)
+
+
+def start_ranks() -> None:
+    """Join the process group, over NCCL where there are GPUs, else over gloo."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_local_rank())
+        deepspeed.init_distributed("nccl")
+        return
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    deepspeed.init_distributed("gloo")
+
+
+def set_up_logging() -> None:
+    """Log to stderr: rank 0 what happens, the others what goes wrong."""
+    rank = launched_rank()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%X")
+    else:  # a job's log file: one line each, whatever their length
+        handler = logging.StreamHandler()
+        prefix = f"%(asctime)s %(levelname)s {prefix}"
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format=f"{prefix}%(message)s", handlers=[handler], force=True)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def launched_rank() -> int:
+    """This process among all, known before the process group is joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """Number of processes, known before the process group is joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,146 @@
+"""Which checkpoints are kept, replaced, ignored, and what a disk that fills up leaves of them."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.runs import Setup, checkpoints, contents, mounted_tmpfs, records
+from tests.ranks import run_ranks
+
+EVERY_CYCLE = "checkpoint.interval_epochs=0.4"  # 2 steps each, 8 in all
+KEEP_ALL = "checkpoint.keep=9"
+
+
+@pytest.fixture(scope="module")
+def setup(module_setup: Setup) -> Setup:
+    return module_setup
+
+
+# (ZeRO stage, rank whose disk is full, what it cannot write)
+FULL = [
+    (0, 0, ("pretrain", "model_states")),
+    (2, 1, ("pretrain", "optim_states")),
+    (3, 1, ("random_00001",)),
+]
+
+
+@pytest.fixture(scope="module")
+def small_disk(setup: Setup) -> Iterator[tuple[Path, str]]:
+    """A disk of 8 MiB, and why there is none (or an empty text)."""
+    disk = setup.folder / "small"
+    with mounted_tmpfs(disk, 2**23) as problem:
+        yield disk, problem
+
+
+@pytest.fixture(scope="module")
+def outcomes(setup: Setup, small_disk: tuple[Path, str]) -> dict[str, list[tuple[int, str]]]:
+    """Exit code and stderr of every launch on both ranks."""
+    cd = f"cd {setup.folder}"
+    cut_short = f"{cd}; mkdir kept/checkpoints/step_00000099.tmp"
+    # as a run looks that was killed long after its last checkpoint
+    killed = f"{cd}; cp -r kept killed; rm -r killed/checkpoints/step_00000008"
+    unsaved = f"{cd}; cp -r kept unsaved; rm -r unsaved/checkpoints"
+
+    launch = partial(setup.launch, method="mae")
+    launches = {
+        "kept": launch("kept", EVERY_CYCLE),
+        "killed": launch("killed", EVERY_CYCLE, KEEP_ALL, resume=True, shell=killed),
+        "unsaved": launch("unsaved", resume=True, shell=unsaved),
+        "same step": launch("kept", resume=True, shell=cut_short),
+    }
+    for stage, rank, files in FULL:
+        run, options = f"full{stage}", {"stage": stage}
+        full = (rank, ("step_00000006", *files))
+        launches |= {
+            f"full {stage}": launch(run, EVERY_CYCLE, KEEP_ALL, **options, full=full),
+            f"room again {stage}": launch(run, EVERY_CYCLE, KEEP_ALL, **options, resume=True),
+        }
+    disk, no_disk = small_disk
+    if not no_disk:
+        room = f"3 * $(du -sb {setup.folder}/kept/checkpoints/step_00000008 | cut -f1) / 2"
+        size = f"$(df --output=avail -B1 {disk} | tail -n 1) - {room}"
+        fill = f"head -c $(({size})) /dev/zero >{disk}/filler"
+        launches["really full"] = launch("small/run", EVERY_CYCLE, shell=fill)
+    ranks = run_ranks(
+        "tests.launch.runs:drive", 2, setup.folder / "ranks", launches=list(launches.values())
+    )
+    return dict(zip(launches, zip(*ranks, strict=True), strict=True))
+
+
+def codes(outcome: Any) -> list[int]:
+    return [code for code, _ in outcome]
+
+
+def test_the_newest_two_are_kept(outcomes: Any, setup: Setup) -> None:
+    assert codes(outcomes["kept"]) == [0, 0]
+    run = setup.folder / "kept"
+    assert checkpoints(run) == ["latest", "step_00000006", "step_00000008"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000008"
+
+
+def test_the_same_step_saved_again_replaces_the_first(outcomes: Any, setup: Setup) -> None:
+    """A finished run that is resumed saves its end once more; the cut-short one is noticed."""
+    assert codes(outcomes["same step"]) == [0, 0]
+    (_, stderr), (_, others) = outcomes["same step"]
+    assert "step_00000099.tmp: its writing was cut short" in stderr
+    assert "resumed from" in stderr and "saved" in stderr
+    assert others == ""  # one rank's notice is enough
+
+
+def test_records_after_the_checkpoint_are_dropped_with_what_they_tell_of(
+    outcomes: Any, setup: Setup
+) -> None:
+    assert codes(outcomes["killed"]) == [0, 0]
+    killed, kept = setup.folder / "killed", setup.folder / "kept"
+    assert checkpoints(killed) == ["latest", "step_00000006", "step_00000008"]
+    assert records(killed) == records(kept)
+    newest = "checkpoints/step_00000008"
+    # keep and interval stand in recipe.yaml, which is not a tensor file
+    assert contents(killed / newest) == contents(kept / newest)
+
+
+def test_a_run_without_checkpoint_starts_again(outcomes: Any, setup: Setup) -> None:
+    assert codes(outcomes["unsaved"]) == [0, 0]
+    assert "starting from scratch" in outcomes["unsaved"][0][1]
+    assert records(setup.folder / "unsaved") == records(setup.folder / "kept")
+
+
+@pytest.mark.parametrize(("stage", "rank", "files"), FULL)
+def test_a_full_disk_under_one_rank_stops_all_with_one_sentence(
+    outcomes: Any, setup: Setup, stage: int, rank: int, files: tuple[str, ...]
+) -> None:
+    assert codes(outcomes[f"full {stage}"]) == [2, 2]
+    for _, stderr in outcomes[f"full {stage}"]:
+        assert "Traceback" not in stderr
+        error = stderr.splitlines()[-1]
+        assert error.startswith("error: ") and "step_00000006 could not be written" in error
+        assert f"rank {rank}: " in error and "No space left on device" in error
+        assert "--resume" in error
+
+
+@pytest.mark.parametrize("stage", [stage for stage, _, _ in FULL])
+def test_after_a_full_disk_the_run_goes_on(outcomes: Any, setup: Setup, stage: int) -> None:
+    assert codes(outcomes[f"room again {stage}"]) == [0, 0]
+    run, kept = setup.folder / f"full{stage}", setup.folder / "kept"
+    assert checkpoints(run) == ["latest"] + [f"step_{i:08d}" for i in (2, 4, 6, 8)]
+    if stage == 2:  # as `kept`
+        newest = "checkpoints/step_00000008"
+        assert contents(run / newest) == contents(kept / newest)
+
+
+def test_a_disk_that_is_really_full(
+    outcomes: Any, setup: Setup, small_disk: tuple[Path, str]
+) -> None:
+    """With room for one checkpoint and a half, the first one stays."""
+    disk, no_disk = small_disk
+    if no_disk:
+        pytest.skip(f"no small disk here: {no_disk}")
+    assert codes(outcomes["really full"]) == [2, 2]
+    for _, stderr in outcomes["really full"]:
+        assert "Traceback" not in stderr
+        error = stderr.splitlines()[-1]
+        assert error.startswith("error: ") and "step_00000004 could not be written" in error
+    assert checkpoints(disk / "run") == ["latest", "step_00000002"]
