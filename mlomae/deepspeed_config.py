@@ -173,8 +173,8 @@ def _check_readable(config: Mapping[str, Any], config_name: str) -> None:
     """
     if _is_enabled(config, "fp16"):
         raise UserError(
-            f"{config_name}: fp16.enabled is true, but loss-scaled gradients are not supported yet: "
-            "use bf16 instead"
+            f"{config_name}: fp16.enabled is true, but loss-scaled gradients are not supported "
+            "yet: use bf16 instead"
         )
     grad_dtype = _section(config, "data_types").get("grad_accum_dtype")
     # DeepSpeed then keeps the gradients in its BF16_Optimizer instead of its ZeRO optimizer

@@ -30,7 +30,8 @@ class MaskedAutoencoder(nn.Module):
     """MAE with a pluggable choice of the hidden patches.
 
     Parameter names are those of the published MAE files. Positions are a buffer when fixed (MAE)
-    and a parameter when trainable (MLO-MAE), under the same names.
+    and a parameter when trainable (MLO-MAE), under the same names. DeepSpeed keeps buffers in
+    float32 beside bfloat16 parameters, so positions are cast where they are added.
 
     Source: He et al., arXiv 2111.06377; mask selection by score: Guo et al., arXiv 2402.18128.
     """
@@ -115,7 +116,7 @@ class MaskedAutoencoder(nn.Module):
             With one, a `Reconstruction`.
         """
         patches = self.patch_embed(images.to(self.cls_token.dtype))
-        embedding = patches + self.pos_embed[:, 1:]
+        embedding = patches + self.pos_embed[:, 1:].to(patches.dtype)
         if scorer is None:
             return self._encode(embedding)[:, 0]
 
@@ -137,8 +138,9 @@ class MaskedAutoencoder(nn.Module):
 
     def _encode(self, tokens: Tensor) -> Tensor:
         """[B, K, D] embedded patches -> [B, 1 + K, D], class token first, after the final norm."""
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-        return self.norm(self._run(self.blocks, torch.cat([cls_token, tokens], dim=1)))
+        cls_token = self.cls_token + self.pos_embed[:, :1].to(tokens.dtype)
+        tokens = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return self.norm(self._run(self.blocks, tokens))
 
     def _decode(self, latent: Tensor, restore: Tensor) -> Tensor:
         """[B, 1 + K, D] and each patch's place in the order [B, N] -> predictions [B, N, P]."""
@@ -146,7 +148,8 @@ class MaskedAutoencoder(nn.Module):
         num_hidden = restore.shape[1] + 1 - tokens.shape[1]
         mask_tokens = self.mask_token.expand(tokens.shape[0], num_hidden, -1)
         patches = _take(torch.cat([tokens[:, 1:], mask_tokens], dim=1), restore)
-        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+        positions = self.decoder_pos_embed.to(tokens.dtype)
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + positions
         return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
 
     def _run(self, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:

@@ -48,9 +48,10 @@ def build(
     gradient_clipping: float = 0.0,
     micro: int = 1,
     dropout: float = 0.0,
+    trainable_positions: bool = True,
 ) -> tuple[MloMae, list[torch.nn.Module]]:
     """The tiny problem on engines, and copies of its untouched models."""
-    models = tiny_models(dropout)
+    models = tiny_models(dropout, trainable_positions)
     copies = [copy.deepcopy(m) for m in models]
     levels: list[TrainingLevel] = []
     for name, model, lr in zip(("pretrain", "classifier", "mask"), models, LRS, strict=True):

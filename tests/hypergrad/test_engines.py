@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 CASES = "tests.hypergrad.engine_cases"
 SETTINGS = {
     "adamw": {"optimizer": "adamw"},
-    "sgd": {"optimizer": "sgd"},
+    "sgd, fixed positions": {"optimizer": "sgd", "trainable_positions": False},
     "accumulated and clipped": {"optimizer": "adamw", "micro": 2, "gradient_clipping": 0.05},
 }
 CONFIGS = (

@@ -9,8 +9,6 @@ from PIL import Image
 from data_ffcv.convert import convert
 from tests.launch.runs import NUM_CLASSES, NUM_IMAGES, Setup
 
-CORRUPT_SAMPLE = 7
-
 
 @pytest.fixture(scope="session")
 def png_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
