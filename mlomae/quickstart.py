@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 
-from data_ffcv import BetonInfo, DataError, split_by_class
+from data_ffcv import Augmentation, BetonInfo, DataError, open_eval_loader, split_by_class
 from mlomae._quickstart_data import (
     convert_images,
     epochs_of,
@@ -40,10 +42,12 @@ from mlomae._quickstart_training import (
     training_command,
 )
 from mlomae.errors import UserError
+from mlomae.pictures import mask_picture, save_picture
 from mlomae.recipe import load_recipe
+from mlomae.weights import load_masking_network, load_model
 
 # k-NN and linear probe learn from these; encoding all 60 000 would take as long as training
-NUM_EVAL_TRAIN_IMAGES = 20_000
+NUM_EVAL_TRAIN_IMAGES = 10_000
 
 
 @dataclass
@@ -127,6 +131,7 @@ def run_all(output: Path, data: Path | None, console: Console) -> None:
         mae = quickstart.train("mae", output / "mae", launch, mae_overrides(overrides, epochs))
     with quickstart.stage("Evaluating both encoders and an untrained one"):
         results = evaluate(quickstart, images, test)
+        draw_masks(output, test)
 
     rest, _ = split_by_class(images.labels, recipe.data.mask_fraction, recipe.seed)
     facts = Facts(
@@ -161,6 +166,25 @@ def evaluate(quickstart: Quickstart, train: BetonInfo, test: BetonInfo) -> list[
     if exit_code:
         raise StageFailed("error: the evaluation failed for the reason above", exit_code)
     return json.loads(file.read_text())["encoders"]
+
+
+def draw_masks(output: Path, test: BetonInfo) -> None:
+    """Draw the learned masks on the first test images, in place of the training's picture."""
+    model, recipe = load_model(output)
+    masking_network = load_masking_network(output)
+    size, data = recipe.model.image_size, recipe.data
+    loader = open_eval_loader(
+        test.path,
+        augmentation=Augmentation(kind="center_crop", image_size=size, resize=size),
+        indices=np.arange(min(recipe.monitor.num_pictures, test.num_samples)),
+        batch_size=recipe.monitor.num_pictures,
+        mean=data.mean,
+        std=data.std,
+    )
+    with torch.no_grad():
+        images, _ = next(iter(loader))
+        picture = mask_picture(model, images, model(images, masking_network), data.mean, data.std)
+    save_picture(picture, str(output / "masks.png"))
 
 
 def main() -> int:

@@ -147,7 +147,7 @@ class Partition(ABC):
         if self.is_sharded:
             dist.all_reduce(buffer)  # fragments do not overlap, so this sum is exact
         return [
-            {n: row[offsets[n] :][: self.shapes[n].numel()].view(self.shapes[n]) for n in names}
+            {name: _alias(row, offsets[name], self.shapes[name]) for name in names}
             for row in buffer
         ]
 
@@ -353,3 +353,13 @@ def view(vector: Vector, fragment: Fragment) -> Tensor:
 
 def _running_sum(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _alias(flat: Tensor, start: int, shape: torch.Size) -> Tensor:
+    """A part of a flat tensor in its memory, but not a view of it.
+
+    Forward-mode AD keeps a tangent for the whole base of every view that gets one.
+    """
+    offset = flat.storage_offset() + start
+    strides = torch.empty(shape, device="meta").stride()
+    return flat.new_empty(0).set_(flat.untyped_storage(), offset, shape, strides)

@@ -1,8 +1,9 @@
 """The tangent pass: a forward pass whose weights are dual numbers.
 
 A copy of the module without parameters runs forward. Before each submodule its weights and their
-tangent are gathered from the shards and set as one dual tensor; after it they are dropped. Memory
-beyond the shards stays at one submodule, and no hook of an engine runs.
+tangents are set as dual tensors, after it they are dropped. They are gathered from the shards a
+bucket of submodules at a time, so memory beyond the shards stays at one bucket or one submodule,
+whichever is larger, and no hook of an engine runs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Gather = Callable[[Sequence[str]], list[dict[str, Tensor]]]
 
+BUCKET_NUMEL = 2**24  # parameters gathered by one collective: two blocks of ViT-B
+
 
 class DualModule:
     """A parameter-less copy of a module, to be run with weights that come from elsewhere.
@@ -30,14 +33,23 @@ class DualModule:
     def __init__(self, template: nn.Module, module: nn.Module) -> None:
         self.module = template
         self.owners: list[tuple[nn.Module, dict[str, str]]] = []
+        self.buckets: dict[str, list[str]] = {}  # the bucket of each parameter, by its name
         first_name: dict[int, str] = {}  # tied weights go by the name of their first owner
+        bucket: list[str] = []
+        bucket_numel = 0
         for prefix, submodule in template.named_modules():
             names = {}
+            if bucket_numel >= BUCKET_NUMEL:
+                bucket, bucket_numel = [], 0
             for attribute, param in list(submodule._parameters.items()):
                 if param is not None:
                     full = f"{prefix}.{attribute}" if prefix else attribute
                     names[attribute] = first_name.setdefault(id(param), full)
                     del submodule._parameters[attribute]
+                    if names[attribute] == full:
+                        bucket.append(full)
+                        bucket_numel += param.numel()
+                        self.buckets[full] = bucket
             if names:
                 self.owners.append((submodule, names))
         self.names = {name for _, names in self.owners for name in names.values()}
@@ -57,18 +69,36 @@ class DualModule:
             # Fused attention has no forward-mode rule.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_differentiable_functions())
+            weights = _Weights(gather, self.buckets)
             for submodule, names in self.owners:
-                for handle in _hook(submodule, names, gather):
+                for handle in _hook(submodule, names, weights):
                     stack.callback(handle.remove)
             yield self.module
 
 
-def _hook(submodule: nn.Module, names: dict[str, str], gather: Gather) -> Iterator[Any]:
+class _Weights:
+    """Dual parameters by name, gathered a bucket at a time; only the latest bucket is kept."""
+
+    def __init__(self, gather: Gather, buckets: dict[str, list[str]]) -> None:
+        self._gather = gather
+        self._buckets = buckets
+        self._values: dict[str, Tensor] = {}
+        self._tangents: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._values:
+            self._values, self._tangents = {}, {}  # free the old bucket before the new one comes
+            self._values, self._tangents = self._gather(self._buckets[name])
+        dual: Tensor = forward_ad.make_dual(  # type: ignore[no-untyped-call]
+            self._values[name], self._tangents[name]
+        )
+        return dual
+
+
+def _hook(submodule: nn.Module, names: dict[str, str], weights: _Weights) -> Iterator[Any]:
     def attach(*_: Any) -> None:
-        values, tangents = gather(sorted(set(names.values())))
         for attribute, name in names.items():
-            dual = forward_ad.make_dual(values[name], tangents[name])  # type: ignore[no-untyped-call]
-            submodule.__dict__[attribute] = dual
+            submodule.__dict__[attribute] = weights[name]
 
     def drop(*_: Any) -> None:
         for attribute in names:
