@@ -64,9 +64,9 @@ def run_ranks(
 def _main() -> None:
     function, folder, timeout = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
     faulthandler.dump_traceback_later(timeout, exit=True)
-    import deepspeed
+    from mlomae._ranks import start_ranks
 
-    deepspeed.init_distributed("gloo")
+    start_ranks()
     module, name = function.split(":")
     arguments = torch.load(folder / "arguments.pt", weights_only=False)
     result = getattr(importlib.import_module(module), name)(**arguments)
