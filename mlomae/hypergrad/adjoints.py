@@ -78,7 +78,7 @@ def adamw_cotangent(
 
 
 def clipping_cotangent(
-    cotangent: Tensor, clipped_grad: Tensor, inner_product: Tensor, *, norm: float, max_norm: float
+    cotangent: Tensor, clipped_grad: Tensor, inner_product: float, *, norm: float, max_norm: float
 ) -> Tensor:
     """Cotangent of the gradient before clipping by global norm, from the one after it.
 

@@ -1,5 +1,6 @@
 """One level of a multilevel problem: record its step, differentiate through it."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,9 +125,7 @@ class Level:
             grads = [record.grads.get(i, zero) for i, zero in enumerate(zeros)]
             inner = self.partition.dot(grads, result)
             result = [
-                clipping_cotangent(
-                    c, g, inner.to(c.dtype), norm=record.norm, max_norm=self.max_norm
-                )
+                clipping_cotangent(c, g, inner, norm=record.norm, max_norm=self.max_norm)
                 for c, g in zip(result, grads, strict=True)
             ]
         return result
@@ -139,7 +138,7 @@ class Level:
         """
         if self._dual is None:
             raise RuntimeError("the tangent pass needs a template: Level(..., template=...)")
-        norm = float(self.partition.dot(cotangent, cotangent).sqrt())
+        norm = math.sqrt(self.partition.dot(cotangent, cotangent))
         # A direction of unit length keeps clear of the compute precision's smallest numbers.
         scale = 1 / norm if norm else 0.0
         dtype = record.weights[0].dtype

@@ -5,6 +5,7 @@ steps. At stages 1 to 3 these are this rank's shards, so a vector costs 1/N of t
 of N ranks and elementwise work on it needs no communication.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Partition(ABC):
 
     Attributes:
         optimizer: the torch optimizer whose `step` changes the weights.
+        device: where the model computes; with offload, shards lie elsewhere.
         fragments: what this rank owns, in the module's parameter order.
         shapes: full shape of every trainable parameter, by name.
         is_sharded: whether ranks own different fragments (else each owns everything).
@@ -50,8 +52,11 @@ class Partition(ABC):
 
     is_sharded: bool
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
         self.optimizer = optimizer
+        self.device = device
         self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.shapes = {name: self.full_shape(p) for name, p in self.params.items()}
         self.fragments = list(self.find_fragments())
@@ -109,8 +114,8 @@ class Partition(ABC):
                 view(vector, fragment).copy_(grad)
         return vector
 
-    def dot(self, left: Vector, right: Vector) -> Tensor:
-        """Inner product over all shards and ranks, float64. All ranks must call."""
+    def dot(self, left: Vector, right: Vector) -> float:
+        """Inner product over all shards and ranks, in float64. All ranks must call."""
         total = torch.zeros((), dtype=torch.float64, device=left[0].device)
         for fragment in self.fragments:  # not whole shards: their padding may hold anything
             total += (view(left, fragment).double() * view(right, fragment).double()).sum()
@@ -118,12 +123,12 @@ class Partition(ABC):
 
     def gradient_norm(self) -> float:
         """Global 2-norm of the reduced gradient, before clipping. All ranks must call."""
-        total = torch.zeros((), dtype=torch.float64, device=self.shards()[0].device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for fragment in self.fragments:
             grad = self.gradient_of(fragment)
             if grad is not None:
-                total += grad.float().square().sum(dtype=torch.float64).to(total.device)
-        return float(self._sum_over_ranks(total).sqrt())
+                total += grad.float().square().sum(dtype=torch.float64).to(self.device)
+        return math.sqrt(self._sum_over_ranks(total))
 
     def gather(self, names: Sequence[str], *vectors: Vector) -> list[dict[str, Tensor]]:
         """Whole parameters out of sharded vectors, with one collective. All ranks must call.
@@ -137,8 +142,8 @@ class Partition(ABC):
         """
         sizes = [self.shapes[name].numel() for name in names]
         offsets = dict(zip(names, _running_sum(sizes), strict=True))
-        device = next(iter(self.params.values())).device
-        buffer = torch.zeros(len(vectors), sum(sizes), dtype=vectors[0][0].dtype, device=device)
+        dtype = vectors[0][0].dtype
+        buffer = torch.zeros(len(vectors), sum(sizes), dtype=dtype, device=self.device)
         for row, vector in zip(buffer, vectors, strict=True):
             for fragment in self.fragments:
                 if fragment.name in offsets:
@@ -151,10 +156,11 @@ class Partition(ABC):
             for row in buffer
         ]
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+    def _sum_over_ranks(self, value: Tensor) -> float:
+        value = value.to(self.device)  # shards may be offloaded, where collectives cannot reach
         if self.is_sharded:
             dist.all_reduce(value)
-        return value
+        return float(value)
 
 
 class PlainPartition(Partition):
@@ -189,7 +195,7 @@ class _EnginePartition(Partition):
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        super().__init__(engine.module, engine.basic_optimizer)
+        super().__init__(engine.module, engine.basic_optimizer, engine.device)
 
     def backward(self, loss: Tensor) -> None:
         engine = self.engine
@@ -323,7 +329,7 @@ def partition_of(model: Any, optimizer: torch.optim.Optimizer | None) -> Partiti
         ValueError: the engine uses something that cannot be read exactly; names it.
     """
     if optimizer is not None:
-        return PlainPartition(model, optimizer)
+        return PlainPartition(model, optimizer, next(model.parameters()).device)
     if not hasattr(model, "zero_optimization_stage"):
         raise ValueError("a plain module needs its optimizer: Level(module, optimizer, ...)")
     if model.fp16_enabled():
