@@ -78,7 +78,8 @@ def train(command: list[str], run: Path, log: Path, launch: Launch, console: Con
     """
     summary = run / "summary.json"
     if not summary.exists():
-        resume = ["--resume"] if (run / "checkpoints" / "latest").exists() else []
+        # Also without a checkpoint: it may have ended before its first.
+        resume = ["--resume"] if (run / "recipe.yaml").exists() else []
         metrics = run / "metrics.jsonl"
         exit_code = run_logged([*command, *resume], launch.environment, log, metrics, console)
         # the launcher exits with 0 when its processes were killed, so the summary decides

@@ -1,7 +1,7 @@
 """Checkpoints: one folder for all levels, written beside its final name and then renamed.
 
     output_dir/checkpoints/
-        latest                      name of the newest complete checkpoint
+        latest                      name of the newest complete checkpoint, for people and scripts
         step_00001500/              named after the encoder's step
             state.json              cycle, step counters, clock, number of ranks, file sizes
             recipe.yaml             the resolved recipe
@@ -11,8 +11,8 @@
             pretrain/ classifier/ mask/     DeepSpeed's own files of each engine
         step_00001500.tmp/          one that was cut short; ignored, and removed by the next save
 
-A checkpoint is complete once it bears its final name. Nothing else is read, and older ones are
-removed only after a newer one is complete.
+A checkpoint is complete once it bears its final name; the newest such folder is what is read. Older
+ones are removed only after a newer one is complete.
 """
 
 import json
@@ -35,7 +35,7 @@ from mlomae._checkpoint_writer import Writer, save_engine
 from mlomae.engines import TrainingLevel
 from mlomae.errors import UserError
 from mlomae.recipe import Recipe, differing_keys, dump_recipe, load_recipe
-from mlomae.weights import MASKING_FILE, MODEL_FILE, RECIPE_FILE
+from mlomae.weights import MASKING_FILE, MODEL_FILE, RECIPE_FILE, complete_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def load(folder: Path, levels: dict[str, TrainingLevel], recipe: Recipe) -> Prog
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a run's `checkpoints` folder."""
-    complete = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")
+    complete = complete_checkpoints(folder)
     return complete[-1] if complete else None
 
 
@@ -251,14 +251,16 @@ def _publish(partial: Path, final: Path, state: dict[str, Any]) -> None:
         shutil.rmtree(replaced)
     else:
         partial.rename(final)
+    directory = os.open(final.parent, os.O_RDONLY)
+    os.fsync(directory)  # the rename itself
+    os.close(directory)
     pointer = final.parent / "latest.tmp"
     pointer.write_text(final.name)
     pointer.replace(final.parent / "latest")
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    complete = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")
-    for old in complete[:-keep]:
+    for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)  # a file held open on NFS must not end the run
 
 

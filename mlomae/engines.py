@@ -104,10 +104,17 @@ class TrainingLevel:
             raise NonFiniteError(
                 f"{self.name}: loss or gradient was not finite for {MAX_SKIPPED_STEPS} steps in a "
                 f"row (up to step {self.num_steps}); lower {self.name}.lr, lengthen "
-                f"{self.name}.warmup_epochs or set {self.name}.gradient_clipping, and resume from "
-                "the last checkpoint with --resume"
+                f"{self.name}.warmup_epochs or set {self.name}.gradient_clipping, and start again "
+                "in another output_dir"
             )
         return False
+
+    def skip(self, reason: str) -> None:
+        """Take no step in this cycle, for a reason that all ranks know and that lies elsewhere."""
+        self._scheduler.step_update(self.num_steps)
+        self.num_steps += 1
+        self.loss = self.grad_norm = math.nan
+        logger.warning("skipped %s step %d: %s", self.name, self.num_steps, reason)
 
 
 def _agree(condition: bool, device: torch.device) -> bool:

@@ -110,7 +110,7 @@ class MloMae:
         below, head = self._pretrain_record, self._classifier_record
         self._pretrain_record = self._classifier_record = None
         if below is None or head is None:
-            self.mask.step(torch.tensor(torch.nan, device=images.device))
+            self.mask.skip("the step below it was skipped")
             return
         loss, adjoint = self._adjoint_of_encoder(images, labels, head)
         cotangent = self.pretrain.level.cotangent(below.step, adjoint)

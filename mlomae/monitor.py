@@ -47,9 +47,11 @@ class Meters:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count the seconds of a phase. Steps end in a host synchronisation, so this is honest."""
+        """Count the seconds of a phase, up to the end of what it started on the device."""
         start = time.perf_counter()
         yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.add(name, time.perf_counter() - start)
 
     def reduce(self) -> Record:

@@ -4,7 +4,8 @@ import json
 import logging
 import signal
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +84,25 @@ class Trainer:
             stack.enter_context(self._listening())
             bar = stack.enter_context(_progress_bar())
             task = bar.add_task("", total=self.num_cycles, completed=self.progress.cycle)
+            is_saved = self.progress.cycle > 0  # by the launch that this one continues
             while self.progress.cycle < self.num_cycles:
+                is_saved = False
                 self._cycle()
                 self.progress.cycle += 1
                 stop = self._agreed_stop()
                 self._record(monitor, is_last=bool(stop) or self.progress.cycle == self.num_cycles)
                 bar.update(task, completed=self.progress.cycle, description=self._headline())
                 if self._is_due(self.recipe.monitor.picture_interval_epochs):
-                    self._picture(monitor)
+                    with self._clock_paused():
+                        self._picture(monitor)
                 if stop or self._is_due(self.recipe.checkpoint.interval_epochs):
-                    self._save()
+                    with self._clock_paused():
+                        self._save()
+                    is_saved = True
                 if stop:
                     raise Stopped(stop)
             self._picture(monitor)
-            if not self._is_due(self.recipe.checkpoint.interval_epochs):
+            if not is_saved:
                 self._save()
         self._summarise()
 
@@ -183,6 +189,13 @@ class Trainer:
     def _save(self) -> None:
         folder = self.output_dir / "checkpoints"
         checkpoint.save(folder, self.levels, self.progress, self.recipe)
+
+    @contextmanager
+    def _clock_paused(self) -> Iterator[None]:
+        """What happens inside counts neither as training time nor against images per second."""
+        start = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - start
 
     def _agreed_stop(self) -> int:
         """The signal that any rank received, on all ranks; 0 for none."""

@@ -54,11 +54,15 @@ def find_checkpoint(path: str | Path) -> Path:
         return folder
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give a run's output_dir or one of its checkpoints")
-    complete = sorted(folder.glob(f"checkpoints/step_*/{MODEL_FILE}"))
-    complete = [file for file in complete if file.parent.suffix != ".tmp"]
+    complete = complete_checkpoints(folder / "checkpoints")
     if not complete:
         raise UserError(f"{folder} holds no complete checkpoint: train first, or give another run")
-    return complete[-1].parent
+    return complete[-1]
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
 
 
 def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Recipe]:

@@ -85,7 +85,7 @@ def test_plain_mae_takes_exactly_the_steps_of_mlo_mae(num_steps, num_images, bat
     assert count_cycles(load_recipe("quickstart_mae", overrides), num_images) == num_steps
 
 
-@pytest.mark.parametrize(("num_images", "batch_size"), [(60_000, 256), (700, 128), (50, 8)])
+@pytest.mark.parametrize(("num_images", "batch_size"), [(60_000, 128), (700, 128), (50, 8)])
 def test_own_images_get_a_valid_recipe_with_as_many_steps(num_images, batch_size):
     images = beton_info(num_images)
     overrides = own_data_overrides(load_recipe("quickstart_mlo_mae"), images)
@@ -186,9 +186,8 @@ def test_a_finished_training_is_read_and_kept(tmp_path):
     assert run_train(tmp_path, python("raise SystemExit(1)")) == first
 
 
-def test_an_interrupted_training_is_resumed(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest").write_text("step_00000010")
+def test_an_interrupted_training_is_resumed_even_before_its_first_checkpoint(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(StageFailed, match=r"\['--resume'\]"):
         run_train(tmp_path, python("import sys; print(sys.argv[1:])"))
 

@@ -37,6 +37,7 @@ class Level:
     Args:
         model: the module, or the engine.
         optimizer: the module's optimizer (`torch.optim.SGD` or `AdamW`); None for an engine.
+            Clipping by global norm is differentiated for engines (`gradient_clipping`) only.
         template: the same architecture built apart, best under `torch.device("meta")`. It loses
             its parameters and serves the tangent pass; None for a level that needs none, such as
             the uppermost.

@@ -274,7 +274,9 @@ def bad_numbers_with(shipped: str) -> dict[str, Any]:
     method.pretrain_step([poisoned], record=True)
     after = _hash(*method.pretrain.level.partition.weights())
     method.classifier_step(images, labels, record=True)
+    mask_before = _hash(*method.mask.level.partition.weights())
     method.mask_step(mask_images, mask_labels)
+    mask_unchanged = mask_before == _hash(*method.mask.level.partition.weights())
     skipped = (method.pretrain.num_skipped, method.classifier.num_skipped, method.mask.num_skipped)
     run_lower(method, 1)
     hypergradient(method, 1)
@@ -289,6 +291,7 @@ def bad_numbers_with(shipped: str) -> dict[str, Any]:
     destroy(method)
     return {
         "unchanged": before == after,
+        "mask unchanged": mask_unchanged,
         "skipped": skipped,
         "recovered": recovered,
         "finite": finite,
