@@ -108,3 +108,12 @@ def test_dropout_hides_normed_features_while_training(arguments, rate):
     is_zero = dropped == 0
     assert float(is_zero.float().mean()) == pytest.approx(rate, abs=0.02)
     torch.testing.assert_close(dropped[~is_zero], kept_whole[~is_zero] / (1 - rate))
+
+
+def test_bf16_scores_do_not_tie_where_the_mask_is_cut():
+    torch.manual_seed(0)
+    network = MaskingNetwork(196, 64, 32).bfloat16()
+    scores = network(torch.randn(16, 196, 64).bfloat16()).sort(dim=1).values
+    assert scores.dtype == torch.float32
+    num_distinct = [len(row.unique()) for row in scores]
+    assert min(num_distinct) == 196  # rounded to bf16 there are about 180
