@@ -54,7 +54,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return folder
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give a run's output_dir or one of its checkpoints")
-    complete = complete_checkpoints(folder / "checkpoints")
+    complete = [
+        c for c in complete_checkpoints(folder / "checkpoints") if (c / MODEL_FILE).is_file()
+    ]
     if not complete:
         raise UserError(f"{folder} holds no complete checkpoint: train first, or give another run")
     return complete[-1]
