@@ -17,8 +17,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _DOWNLOADS = _ROOT / "data" / "fashion-mnist"
 
-OWN_IMAGE_SIZE, OWN_PATCH_SIZE = 64, 8
-OWN_NUM_STEPS = 750  # as many encoder steps as the recipe takes on Fashion-MNIST
+OWN_IMAGE_SIZE, OWN_PATCH_SIZE = 56, 14  # 16 patches, as the recipe has
+OWN_NUM_STEPS = 450  # as many encoder steps as the recipe takes on Fashion-MNIST
 _SMALLEST_BATCH_SIZE = 8
 
 
@@ -129,7 +129,10 @@ def own_data_overrides(recipe: Recipe, train: BetonInfo) -> list[str]:
         f"data.num_classes={train.num_classes}",
         "data.mean=[0.485, 0.456, 0.406]",
         "data.std=[0.229, 0.224, 0.225]",
-        *(f"{level}.batch_size={batch_size}" for level in recipe.levels),
+        *(
+            f"{name}.batch_size={min(level.batch_size, batch_size)}"
+            for name, level in recipe.levels.items()
+        ),
         f"epochs={epochs_of(OWN_NUM_STEPS, len(rest), batch_size)}",
     ]
 

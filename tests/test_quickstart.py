@@ -90,8 +90,10 @@ def test_own_images_get_a_valid_recipe_with_as_many_steps(num_images, batch_size
     images = beton_info(num_images)
     overrides = own_data_overrides(load_recipe("quickstart_mlo_mae"), images)
     recipe = load_recipe("quickstart_mlo_mae", overrides)
-    assert {level.batch_size for level in recipe.levels.values()} == {batch_size}
-    assert (recipe.data.num_classes, recipe.model.num_patches) == (5, 64)
+    upper = min(64, batch_size)
+    sizes = {name: level.batch_size for name, level in recipe.levels.items()}
+    assert sizes == {"pretrain": batch_size, "classifier": upper, "mask": upper}
+    assert (recipe.data.num_classes, recipe.model.num_patches) == (5, 16)
     steps_per_epoch = round(num_images * 0.8) // batch_size
     assert recipe.epochs * steps_per_epoch == pytest.approx(OWN_NUM_STEPS)
 
