@@ -7,7 +7,7 @@ value which both hold and which differs is refused, so that neither wins silentl
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from mlomae.errors import UserError
 from mlomae.recipe import LevelRecipe, Recipe
 
 _BF16 = ("bf16", "bfloat16")  # the second is the older name
-_FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
 _RECIPE_KEYS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -150,7 +149,7 @@ def _is_enabled(config: Mapping[str, Any], *names: str) -> bool:
 
 
 def _check_stage_and_precision(config: dict[str, Any]) -> None:
-    for name in ("zero_optimization", *_BF16, "fp16", "data_types"):
+    for name in ("zero_optimization", *_BF16, "fp16", "torch_autocast", "data_types"):
         _section(config, name)
     stage = _stage(config)
     if type(stage) is not int or stage not in range(4):
@@ -167,28 +166,30 @@ def _check_stage_and_precision(config: dict[str, Any]) -> None:
 
 
 def _check_readable(config: Mapping[str, Any], config_name: str) -> None:
-    """Refuse engines whose gradients `mlomae.hypergrad` cannot read.
+    """Refuse engines that could not be trained, or whose gradients could not be read exactly.
 
     Plain MAE reads them, too: for the guard against bad steps and for the fp32 export.
     """
-    if _is_enabled(config, "fp16"):
-        raise UserError(
-            f"{config_name}: fp16.enabled is true, but loss-scaled gradients are not supported "
-            "yet: use bf16 instead"
-        )
-    grad_dtype = _section(config, "data_types").get("grad_accum_dtype")
-    # DeepSpeed then keeps the gradients in its BF16_Optimizer instead of its ZeRO optimizer
-    if _stage(config) == 1 and _is_enabled(config, *_BF16) and grad_dtype in _FP32_NAMES:
-        raise UserError(
-            f"{config_name}: data_types.grad_accum_dtype is {grad_dtype}, which is not supported "
-            "yet with ZeRO stage 1 and bf16: remove it or use stage 2"
-        )
+    for what, is_used, mend in _unsupported(config):
+        if is_used:
+            raise UserError(f"{config_name}: {what} is not supported yet: {mend}")
+
+
+def _unsupported(config: Mapping[str, Any]) -> Iterable[tuple[str, bool, str]]:
+    """What is unsupported, whether the JSON asks for it, and the mend."""
+    # The guard would count the steps that DeepSpeed skips while it looks for a loss scale.
+    yield "fp16.enabled", _is_enabled(config, "fp16"), "use bf16 instead"
+    yield "torch_autocast.enabled", _is_enabled(config, "torch_autocast"), "use bf16 instead"
+    unmanaged = config.get("managed_gradient_accumulation") is False
+    yield "managed_gradient_accumulation false", unmanaged, "remove it"
     zero = _section(config, "zero_optimization")
-    if _stage(config) in (1, 2) and "offload_optimizer" in zero:
-        raise UserError(
-            f"{config_name}: zero_optimization.offload_optimizer is not supported yet at stage "
-            f"{_stage(config)}: remove it or use stage 3"
-        )
+    for key in ("offload_optimizer", "offload_param"):
+        offloads_to_nvme = _section(zero, key).get("device") == "nvme"
+        yield f"zero_optimization.{key}.device nvme", offloads_to_nvme, "use cpu instead"
+    for key in ("round_robin_gradients", "parameter_alignment"):
+        # DeepSpeed's own map from weights to shards leaves these out.
+        is_used = _stage(config) in (1, 2) and bool(zero.get(key))
+        yield f"zero_optimization.{key} at stage {_stage(config)}", is_used, "remove it"
 
 
 def _micro_batch_size(

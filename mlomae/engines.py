@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -11,7 +12,8 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from mlomae.hypergrad import Level
+from mlomae.hypergrad import Hypergradient, Level
+from mlomae.hypergrad.losses import Loss
 from mlomae.recipe import LevelRecipe
 
 logger = logging.getLogger(__name__)
@@ -24,28 +26,22 @@ class NonFiniteError(RuntimeError):
 
 
 class TrainingLevel:
-    """A DeepSpeed engine with its learning-rate schedule and its side of the hypergradient.
+    """A level on a DeepSpeed engine, with its learning-rate schedule and its guard.
 
     Attributes:
         name: `pretrain`, `classifier` or `mask`.
+        level: the hypergradient library's view of it, with its loss.
         engine: the DeepSpeed engine.
-        level: the hypergradient engine's view of it.
         num_steps: optimizer steps taken or skipped; sizes the schedule's position.
         loss, grad_norm, lr: of the latest step, on this rank (the norm is global).
     """
 
     def __init__(
-        self,
-        name: str,
-        engine: Any,
-        level: Level,
-        recipe: LevelRecipe,
-        total_steps: int,
-        warmup_steps: int,
+        self, level: Level, recipe: LevelRecipe, total_steps: int, warmup_steps: int
     ) -> None:
-        self.name = name
-        self.engine = engine
+        self.name = level.name
         self.level = level
+        self.engine = level.model
         self.num_steps = 0
         self.num_skipped = 0
         self.loss = self.grad_norm = self.lr = math.nan
@@ -63,16 +59,11 @@ class TrainingLevel:
         """Forward pass through the engine."""
         return self.engine(*args, **kwargs)
 
-    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
-        """Accumulate the gradient of a micro-batch; the last one reduces over ranks."""
-        self.engine.set_gradient_accumulation_boundary(is_last)
-        self.engine.backward(loss)
-
-    def step(self, loss: Tensor) -> bool:
-        """Optimizer step, or none on any rank when one of them saw a non-finite number.
+    def step(self, *micro_batches: Any) -> bool:
+        """Optimizer step on the level's loss, or none on any rank when one saw a bad number.
 
         Args:
-            loss: mean loss of the step's micro-batches on this rank, detached.
+            micro_batches: as many as the level accumulates.
 
         Returns:
             Whether the step was taken.
@@ -80,6 +71,14 @@ class TrainingLevel:
         Raises:
             NonFiniteError: this was the third skipped step in a row.
         """
+        return self._apply(self.level.backward(*micro_batches))
+
+    def step_along(self, hypergradient: Hypergradient) -> bool:
+        """The same along a hypergradient of this level."""
+        self.level.set_gradient(hypergradient.vector)
+        return self._apply(hypergradient.loss)
+
+    def _apply(self, loss: Tensor) -> bool:
         self._scheduler.step_update(self.num_steps)
         self.num_steps += 1
         self.loss = float(loss)
@@ -87,10 +86,10 @@ class TrainingLevel:
         self.grad_norm = self.level.partition.gradient_norm()
         if _agree(math.isfinite(self.loss) and math.isfinite(self.grad_norm), loss.device):
             self.num_skipped = 0
-            self.engine.step()
+            self.level.apply()
             return True
 
-        self.level.partition.clear_gradients()
+        self.level.discard()
         self.num_skipped += 1
         logger.warning(
             "skipped %s step %d on all ranks: loss %s, gradient norm %s on rank %d",
@@ -130,7 +129,9 @@ def build_level(
     recipe: LevelRecipe,
     deepspeed_config: dict[str, Any],
     *,
-    template: nn.Module | None,
+    loss: Loss,
+    lower: Sequence[str] = (),
+    upper: Sequence[str] = (),
     total_steps: int,
     warmup_steps: int,
 ) -> TrainingLevel:
@@ -138,13 +139,16 @@ def build_level(
 
     Args:
         deepspeed_config: the user's JSON with this level's batch sizes and clipping added.
-        template: the module's twin on the meta device where the level is differentiated through.
+        loss, lower, upper: as `mlomae.hypergrad.Level` has them.
+        total_steps, warmup_steps: of the schedule.
     """
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=_build_optimizer(module, recipe), config=deepspeed_config
     )
-    level = Level(engine, template=template)
-    return TrainingLevel(name, engine, level, recipe, total_steps, warmup_steps)
+    level = Level(
+        name, engine, loss=loss, lower=lower, upper=upper, num_steps=recipe.steps_per_cycle
+    )
+    return TrainingLevel(level, recipe, total_steps, warmup_steps)
 
 
 def _build_optimizer(module: nn.Module, recipe: LevelRecipe) -> torch.optim.Optimizer:

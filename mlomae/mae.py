@@ -7,43 +7,58 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlomae.engines import TrainingLevel
+from mlomae.hypergrad.losses import Models
 from mlomae.models import Scorer, random_scores, reconstruction_loss
 
 
-class Mae:
-    """MAE pretraining on DeepSpeed (He et al., arXiv 2111.06377).
+class RandomReconstruction:
+    """The mean loss of randomly hidden patches (He et al., arXiv 2111.06377).
 
-    Masks are a function of (seed, step, rank, micro-batch), so resuming restores no generator.
+    Masks are a function of (seed, rank, draw), so resuming restores no generator; the draws are
+    counted by micro-batch.
     """
 
-    def __init__(self, pretrain: TrainingLevel, seed: int) -> None:
-        self.pretrain = pretrain
+    def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.mask_frequency: Tensor | None = None  # [N], of the latest step
-        self.scores: Tensor | None = None  # random, so there is nothing to watch
+        self.draw = 0
+        self.mask: Tensor  # [B, N], of the latest micro-batch
 
-    def pretrain_step(self, micro_batches: list[Tensor], *, record: bool = False) -> None:
-        """One step on the reconstruction loss of randomly hidden patches.
+    def __call__(self, models: Models, images: Tensor) -> Tensor:
+        generator = torch.Generator(images.device)
+        generator.manual_seed(hashed(self.seed, dist.get_rank(), self.draw))
+        self.draw += 1
+        out = models["pretrain"](images, scorer=random_scores(generator))
+        self.mask = out["mask"]
+        return reconstruction_loss(out["patch_loss"], out["mask"])
 
-        Args:
-            micro_batches: images [B, C, H, W], as many as the level accumulates.
-            record: of no use here; no level lies above.
-        """
-        losses = []
-        for i, images in enumerate(micro_batches):
-            generator = torch.Generator(images.device)
-            generator.manual_seed(hashed(self.seed, self.pretrain.num_steps, dist.get_rank(), i))
-            out = self.pretrain(images, scorer=random_scores(generator))
-            loss = reconstruction_loss(out["patch_loss"], out["mask"])
-            self.pretrain.backward(loss, is_last=i == len(micro_batches) - 1)
-            losses.append(loss.detach())
-            self.mask_frequency = out["mask"].mean(dim=0)
-        self.pretrain.step(torch.stack(losses).mean())
+
+class Mae:
+    """MAE pretraining on DeepSpeed."""
+
+    scores: Tensor | None = None  # random, so there is nothing to watch
+
+    def __init__(self, pretrain: TrainingLevel) -> None:
+        self.pretrain = pretrain
+
+    @property
+    def _loss(self) -> RandomReconstruction:
+        loss: RandomReconstruction = self.pretrain.level.loss
+        return loss
+
+    @property
+    def mask_frequency(self) -> Tensor:
+        """How often each patch was hidden in the latest step, [N]."""
+        return self._loss.mask.mean(dim=0)
+
+    def pretrain_step(self, micro_batches: list[Tensor]) -> None:
+        """One step on images [B, C, H, W], as many micro-batches as the level accumulates."""
+        self._loss.draw = self.pretrain.num_steps * len(micro_batches)
+        self.pretrain.step(*micro_batches)
 
     def picture_scorer(self) -> Scorer:
         """Scores images for a picture: random, the same on all ranks."""
         device = self.pretrain.engine.device
-        return random_scores(torch.Generator(device).manual_seed(self.seed))
+        return random_scores(torch.Generator(device).manual_seed(self._loss.seed))
 
 
 def hashed(*parts: int) -> int:

@@ -26,6 +26,7 @@ from mlomae._recipe_schema import (
     ClassifierRecipe,
     DataRecipe,
     FilePath,
+    HypergradientRecipe,
     LevelRecipe,
     MaskingRecipe,
     ModelRecipe,
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointRecipe",
     "ClassifierRecipe",
     "DataRecipe",
+    "HypergradientRecipe",
     "LevelRecipe",
     "MaskingRecipe",
     "ModelRecipe",
@@ -79,6 +81,7 @@ class Recipe(Section):
     pretrain: LevelRecipe
     classifier: ClassifierRecipe | None = None
     mask: LevelRecipe | None = None
+    hypergradient: HypergradientRecipe = HypergradientRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     monitor: MonitorRecipe = MonitorRecipe()
 
@@ -116,6 +119,24 @@ class Recipe(Section):
             if level.warmup_epochs >= self.epochs:
                 problem = f"is {level.warmup_epochs:g}, but must be below epochs {self.epochs:g}"
                 raise Refusal(f"{name}.warmup_epochs", problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_hypergradient(self) -> Self:
+        if self.method != "mlo_mae":
+            if self.hypergradient != HypergradientRecipe():
+                problem = f"is given, but method {self.method} has none: remove the section"
+                raise Refusal("hypergradient", problem)
+            return self
+        for name in ("pretrain", "classifier"):
+            unrolled = getattr(self.hypergradient, f"{name}_steps")
+            taken = self.levels[name].steps_per_cycle
+            if unrolled > taken:
+                problem = (
+                    f"is {unrolled}, but {name}.steps_per_cycle is {taken}: lower the one or "
+                    "raise the other"
+                )
+                raise Refusal(f"hypergradient.{name}_steps", problem)
         return self
 
     @model_validator(mode="after")

@@ -35,8 +35,9 @@ from mlomae._ranks import (
 from mlomae.deepspeed_config import check_deepspeed_config, level_config, load_deepspeed_config
 from mlomae.engines import NonFiniteError, TrainingLevel, build_level
 from mlomae.errors import UserError
-from mlomae.mae import Mae, hashed
-from mlomae.mlo_mae import MloMae
+from mlomae.estimators import build_estimator
+from mlomae.mae import Mae, RandomReconstruction, hashed
+from mlomae.mlo_mae import LEVELS, MloMae, WeightedReconstruction
 from mlomae.recipe import Recipe, dump_recipe, load_recipe
 from mlomae.trainer import Stopped, Trainer, count_cycles
 from mlomae.weights import RECIPE_FILE, build_classifier, build_masking_network, build_model
@@ -195,7 +196,7 @@ def run(plan: Plan) -> None:
         if progress is None:
             logger.info("no checkpoint in %s yet: starting from scratch", recipe.output_dir)
     progress = progress or checkpoint.Progress()
-    method = Mae(levels["pretrain"], recipe.seed) if recipe.method == "mae" else MloMae(**levels)
+    method = build_method(recipe, levels)
 
     with ExitStack() as stack:
         device = levels["pretrain"].engine.device
@@ -211,10 +212,6 @@ def build_levels(plan: Plan, num_cycles: int) -> dict[str, TrainingLevel]:
     """A DeepSpeed engine for each level of the recipe. All ranks must call."""
     recipe, levels = plan.recipe, {}
     for name, level in recipe.levels.items():
-        template = None
-        if recipe.method == "mlo_mae" and name != "mask":
-            with torch.device("meta"):
-                template = BUILDERS[name](recipe)
         total_steps = num_cycles * level.steps_per_cycle
         levels[name] = build_level(
             name,
@@ -228,11 +225,34 @@ def build_levels(plan: Plan, num_cycles: int) -> dict[str, TrainingLevel]:
                 plan.recipe_name,
                 plan.config_name,
             ),
-            template=template,
+            **coupling(recipe, name),
             total_steps=total_steps,
             warmup_steps=round(total_steps * level.warmup_epochs / recipe.epochs),
         )
     return levels
+
+
+def coupling(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Loss of a level, and the levels which it reads."""
+    if recipe.method == "mae":
+        return {"loss": RandomReconstruction(recipe.seed)}
+    loss = {"loss": WeightedReconstruction()} if name == "pretrain" else {}
+    return loss | LEVELS[name]
+
+
+def build_method(recipe: Recipe, levels: dict[str, TrainingLevel]) -> Mae | MloMae:
+    """The recipe's method on its levels. All ranks must call.
+
+    Raises:
+        UserError: the recipe's estimator cannot work with these engines.
+    """
+    if recipe.method == "mae":
+        return Mae(**levels)
+    try:
+        return MloMae(**levels, estimator=build_estimator(recipe.hypergradient))
+    except ValueError as error:
+        name = recipe.hypergradient.estimator
+        raise UserError(f"hypergradient.estimator {name} cannot be used: {error}") from None
 
 
 def _open_stream(plan: Plan, name: str, cycle: int, device: torch.device) -> Stream:

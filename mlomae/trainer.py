@@ -107,20 +107,18 @@ class Trainer:
         self._summarise()
 
     def _cycle(self) -> None:
-        for i in range(self.recipe.pretrain.steps_per_cycle):
-            is_last = i + 1 == self.recipe.pretrain.steps_per_cycle
+        for _ in range(self.recipe.pretrain.steps_per_cycle):
             images, _ = self._draw("pretrain")
             with self._meters.timed("time/pretrain_step"):
                 micro_batches = images.chunk(self.recipe.pretrain.gradient_accumulation_steps)
-                self.method.pretrain_step(list(micro_batches), record=is_last)
+                self.method.pretrain_step(list(micro_batches))
             self._measure("pretrain")
         if not isinstance(self.method, MloMae):
             return
-        num_steps = self.recipe.levels["classifier"].steps_per_cycle
-        for i in range(num_steps):
+        for _ in range(self.recipe.levels["classifier"].steps_per_cycle):
             images, labels = self._draw("classifier")
             with self._meters.timed("time/classifier_step"):
-                self.method.classifier_step(images, labels, record=i + 1 == num_steps)
+                self.method.classifier_step(images, labels)
             self._measure("classifier")
         images, labels = self._draw("mask")
         with self._meters.timed("time/mask_step"):

@@ -1,21 +1,42 @@
-"""Hypergradients through real optimizer steps, on plain modules and on DeepSpeed engines.
+"""Hypergradients of multilevel problems, on plain modules and on DeepSpeed engines.
 
-A `Level` wraps a module with its optimizer, or a DeepSpeed engine at any ZeRO stage. It records an
-optimizer step, pulls a loss of a level above back onto its own weights, turns that into the
-cotangent of the step's gradient, and runs the tangent pass which yields the mixed products.
+Declare each `Level` (a model with its optimizer, its loss, and the levels that the loss reads), put
+them into a `Multilevel` problem with an estimator, and call `cycle` or `hypergradient`:
+
+    train = Level("train", model, optimizer, loss=train_loss, upper=["weighter"])
+    weighter = Level("weighter", net, net_optimizer, loss=validation_loss, lower=["train"])
+    problem = Multilevel([train, weighter], estimator=Unrolled(steps=1))
 
 This package imports nothing of the rest of the project: it knows no image and no mask.
 """
 
-from mlomae.hypergrad.adjoints import adamw_cotangent, clipping_cotangent, sgd_cotangent
-from mlomae.hypergrad.level import Level, StepRecord
+from mlomae.hypergrad.estimators import (
+    ConjugateGradient,
+    Estimator,
+    FiniteDifference,
+    Identity,
+    Neumann,
+    Sama,
+    Truncated,
+    Unrolled,
+)
+from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.losses import WeightedLoss
+from mlomae.hypergrad.multilevel import Hypergradient, Multilevel
 from mlomae.hypergrad.partition import Vector
 
 __all__ = [
+    "ConjugateGradient",
+    "Estimator",
+    "FiniteDifference",
+    "Hypergradient",
+    "Identity",
     "Level",
-    "StepRecord",
+    "Multilevel",
+    "Neumann",
+    "Sama",
+    "Truncated",
+    "Unrolled",
     "Vector",
-    "adamw_cotangent",
-    "clipping_cotangent",
-    "sgd_cotangent",
+    "WeightedLoss",
 ]

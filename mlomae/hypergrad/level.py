@@ -1,210 +1,260 @@
-"""One level of a multilevel problem: record its step, differentiate through it."""
+"""One level of a multilevel problem: its model, its loss, and what it records of its steps."""
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from mlomae.hypergrad.adjoints import adamw_cotangent, clipping_cotangent, sgd_cotangent
+from mlomae.hypergrad.kept import KeptCalls
+from mlomae.hypergrad.losses import Loss, Models, Settings, WeightedLoss
 from mlomae.hypergrad.partition import Vector, partition_of
-from mlomae.hypergrad.tangent import DualModule, unpack
-
-
-@dataclass
-class StepRecord:
-    """What it takes to differentiate one optimizer step, as shards.
-
-    Attributes:
-        weights: the weights before the step, in compute precision.
-        grads: the gradient as the optimizer used it, by shard.
-        settings: hyperparameters of each shard's parameter group at the step, by shard.
-        norm: global norm of the gradient before clipping.
-    """
-
-    weights: Vector
-    norm: float
-    grads: dict[int, Tensor] = field(default_factory=dict)
-    settings: dict[int, dict[str, Any]] = field(default_factory=dict)
+from mlomae.hypergrad.randomness import RandomState
+from mlomae.hypergrad.records import MicroBatch, StepRecord, recording
+from mlomae.hypergrad.twin import Twin, Weights
 
 
 class Level:
-    """A module with its optimizer, or a DeepSpeed engine at ZeRO stage 0, 1, 2 or 3.
+    """A model with its optimizer, its loss and its place among the other levels.
 
     Args:
-        model: the module, or the engine.
-        optimizer: the module's optimizer (`torch.optim.SGD` or `AdamW`); None for an engine.
-            Clipping by global norm is differentiated for engines (`gradient_clipping`) only.
-        template: the same architecture built apart, best under `torch.device("meta")`. It loses
-            its parameters and serves the tangent pass; None for a level that needs none, such as
-            the uppermost.
+        name: by which the losses of other levels call the model.
+        model: a module, or a DeepSpeed engine at ZeRO stage 0, 1, 2 or 3. A module is not
+            synchronised over ranks.
+        optimizer: the module's; None for an engine, which has its own.
+        loss: `(models, batch) -> scalar`. `models[name]` runs the model of this level or of one
+            named in `lower` and `upper`.
+        lower: levels below, whose trained weights the loss reads.
+        upper: levels above, whose weights are hyperparameters of the loss.
+        num_steps: optimizer steps in a cycle.
+        max_norm: clip a module's gradient to this global norm; 0 does not clip. An engine clips
+            by its own `gradient_clipping`.
+        scheduler: its `step()` is called after each optimizer step of a module.
+        settings: `(models) -> Settings`, values that depend on levels in `upper`; they are set
+            before each step, and differentiated.
 
     Raises:
-        ValueError: the optimizer or the engine's configuration has no exact adjoint here.
+        ValueError: the engine's configuration cannot be read exactly.
     """
 
     def __init__(
         self,
+        name: str,
         model: Any,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        template: nn.Module | None = None,
+        loss: Loss,
+        lower: Sequence[str] = (),
+        upper: Sequence[str] = (),
+        num_steps: int = 1,
+        max_norm: float = 0.0,
+        scheduler: Any = None,
+        settings: Callable[[Models], Settings] | None = None,
     ) -> None:
+        self.name = name
+        self.model = model
+        self.loss = loss
+        self.lower, self.upper = tuple(lower), tuple(upper)
+        self.num_steps = num_steps
+        self.scheduler = scheduler
+        self.settings = settings
+        self.is_engine = optimizer is None
         self.partition = partition_of(model, optimizer)
         self.optimizer = self.partition.optimizer
-        self.max_norm = 0.0 if optimizer is not None else float(model.gradient_clipping())
-        self._dual = None
-        if template is not None:
-            _check_optimizer(self.optimizer)
-            self._dual = DualModule(template, model if optimizer is not None else model.module)
-            if differing := sorted(self._dual.names ^ set(self.partition.params)):
-                raise ValueError(
-                    f"template and model differ in the trainable parameter {differing[0]}; build "
-                    "them alike, and make frozen parameters buffers"
-                )
+        self.max_norm = float(model.gradient_clipping()) if self.is_engine else max_norm
+        if self.is_engine and max_norm:
+            raise ValueError(f"level {name}: set max_norm as gradient_clipping of its engine")
+        self.twin = Twin(model.module if self.is_engine else model)
+        self.dtype = next(iter(self.partition.params.values())).dtype  # of compute
+        self.others: dict[str, Level] = {}  # those of `lower` and `upper`, set by `Multilevel`
+        self.window = 0  # newest steps of a cycle to record, set by `Multilevel`
+        self.keeps: tuple[str, ...] = ()  # levels whose calls are kept, set by `Multilevel`
+        self.records: deque[StepRecord] = deque(maxlen=0)
+        self._num_taken = 0  # in this cycle
+        self._used: set[str] = set()  # levels that loss or settings have called
+        self._waiting: list[MicroBatch] = []
+
+    def step(self, *micro_batches: Any) -> Tensor:
+        """One optimizer step on the mean loss of the micro-batches; returns it. All ranks call."""
+        loss = self.backward(*micro_batches)
+        self.apply()
+        return loss
+
+    def backward(self, *micro_batches: Any) -> Tensor:
+        """The first half of `step`: leave the gradient in the model, and return the mean loss.
+
+        Raises:
+            ValueError: the loss is no scalar, or the engine accumulates another number.
+        """
+        self._check_number(micro_batches)
+        self._waiting = []
+        losses = []
+        for i, batch in enumerate(micro_batches):
+            loss = self._loss_of_step(batch)
+            losses.append(loss.detach())
+            if self.is_engine:
+                self.model.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+                self.model.backward(loss)
+            else:
+                (loss / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
+        return torch.stack(losses).mean()
+
+    def apply(self) -> None:
+        """The second half of `step`: the optimizer step, recorded if it will be needed."""
+        if self.settings is not None:
+            with torch.no_grad(), self.constants() as models:
+                self._set_settings(self.settings(_Models(models, self)))
+        self._check_used()
+        is_recorded = self.window > 0 and self._num_taken >= self.num_steps - self.window
+        with self._recording() if is_recorded else nullcontext():
+            self._take_step()
+        self._num_taken += 1
+
+    def discard(self) -> None:
+        """Instead of `apply`: take no step, and forget the gradient and this cycle's records."""
+        self.partition.clear_gradients()
+        self.records.clear()
+        self._num_taken += 1
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether this cycle's steps were recorded as far as the estimator asks for."""
+        return len(self.records) == self.window
+
+    def clear(self) -> None:
+        """Forget the recorded steps: a new cycle begins."""
+        self.records.clear()
+        self._waiting = []
+        self._num_taken = 0
+
+    def set_gradient(self, vector: Vector) -> None:
+        """Make a vector the gradient that `apply` uses. All ranks must call."""
+        self.partition.set_gradient(vector)
+
+    def named(self, vector: Vector) -> dict[str, Tensor]:
+        """A vector as whole tensors by parameter name, on every rank. All ranks must call."""
+        return self.partition.gather(list(self.partition.shapes), vector)[0]
 
     @contextmanager
-    def recording(self) -> Iterator[StepRecord]:
-        """Record the one optimizer step taken inside, from its finished backward pass on.
-
-        The record stays valid until the level's next step, because it reads the optimizer's
-        moments in place. All ranks must enter.
-        """
-        partition = self.partition
-        record = StepRecord(partition.weights(), partition.gradient_norm() if self.max_norm else 0)
-        index = {id(shard): i for i, shard in enumerate(partition.shards())}
-
-        def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            # ZeRO steps one group or sub-group at a time, so this may run several times.
-            for group in optimizer.param_groups:
-                for shard in group["params"]:
-                    if shard.grad is not None:
-                        i = index[id(shard)]
-                        record.grads[i] = shard.grad.detach().flatten().clone()
-                        settings = {k: v for k, v in group.items() if k != "params"}
-                        settings["first_step"] = not optimizer.state.get(shard)
-                        record.settings[i] = settings
-
-        handle = self.optimizer.register_step_pre_hook(note)
-        try:
-            yield record
-        finally:
-            handle.remove()
-
-    def pull_back(self, loss: Tensor) -> Vector:
-        """Gradient of an upper level's loss by this level's weights, averaged over ranks.
-
-        The level takes no step, and afterwards its engine is as it was. All ranks must call,
-        between steps and not between the micro-batches of one.
+    def constants(self, kept: KeptCalls | None = None) -> Iterator[dict[str, Any]]:
+        """The models of the other levels, whose weights are constants.
 
         Args:
-            loss: scalar, of a forward pass through this level's model.
+            kept: keeps the calls of the levels in `keeps`.
         """
-        if loss.ndim:
-            raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}")
-        self.partition.backward(loss)
-        adjoint = self.partition.gradient()
-        self.partition.clear_gradients()
-        return adjoint
+        with ExitStack() as stack:
+            models: dict[str, Any] = {}
+            for name, other in self.others.items():
+                keeps = kept is not None and name in self.keeps
+                sink = kept.sink(name) if kept is not None and keeps else None
+                weights = Weights(other.twin, other.partition, sink=sink)
+                models[name] = stack.enter_context(other.twin.bound(weights))
+                if kept is not None and keeps:
+                    device = other.partition.device
+                    models[name] = kept.recording(name, models[name], weights, device)
+            yield models
 
-    def cotangent(self, record: StepRecord, adjoint: Vector) -> Vector:
-        """Cotangent of the recorded step's gradient from the adjoint of the new weights."""
-        if not record.settings:
-            raise RuntimeError("no optimizer step was taken while recording")
-        shards = self.partition.shards()
-        result = self.partition.zeros()
-        for i, settings in record.settings.items():
-            state = self.optimizer.state[shards[i]]
-            result[i] = _step_cotangent(
-                self.optimizer, adjoint[i], record.grads[i], state, settings
+    def evaluate(self, models: Models, micro_batch: MicroBatch) -> Tensor:
+        """The loss, scalar and of this rank; notes what a `WeightedLoss` wants frozen."""
+        models = _Models(models, self)
+        if isinstance(self.loss, WeightedLoss):
+            losses, frozen = self.loss.losses(models, micro_batch.batch)
+            micro_batch.frozen = tree_map_only(Tensor, torch.detach, frozen)
+            loss = (self.loss.weights(models, micro_batch.frozen) * losses).sum()
+        else:
+            loss = self.loss(models, micro_batch.batch)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss of level {self.name} must be a scalar, got {shape}")
+        return loss
+
+    def micro_batch(self, batch: Any) -> MicroBatch:
+        """A batch with the present random state and modes."""
+        modes = {name: other.twin.modes() for name, other in self.others.items()}
+        modes[self.name] = self.twin.modes()
+        return MicroBatch(batch, RandomState.now(self.partition.device), modes)
+
+    def _loss_of_step(self, batch: Any) -> Tensor:
+        micro_batch = self.micro_batch(batch)
+        if self._is_last_step:
+            micro_batch.kept = KeptCalls()
+        with self.constants(micro_batch.kept) as models:
+            loss = self.evaluate({**models, self.name: self.model}, micro_batch)
+        if self.window:
+            self._waiting.append(micro_batch)
+        return loss
+
+    @property
+    def _is_last_step(self) -> bool:
+        return bool(self.keeps) and self._num_taken == self.num_steps - 1
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one step in a cycle run by `Multilevel`."""
+        return int(self.model.gradient_accumulation_steps()) if self.is_engine else 1
+
+    def _check_used(self) -> None:
+        for name in self.upper:
+            if name not in self._used:
+                raise ValueError(
+                    f"level {self.name} names {name} in upper, but its loss never uses "
+                    f"models[{name!r}]; use it there, or leave it out of upper"
+                )
+
+    def _check_number(self, micro_batches: Sequence[Any]) -> None:
+        wanted = self.num_micro_batches if self.is_engine else max(1, len(micro_batches))
+        if len(micro_batches) != wanted:
+            raise ValueError(
+                f"level {self.name} got {len(micro_batches)} micro-batches, but needs {wanted}"
             )
-        if 0 < self.max_norm < record.norm:
-            zeros = self.partition.zeros()
-            grads = [record.grads.get(i, zero) for i, zero in enumerate(zeros)]
-            inner = self.partition.dot(grads, result)
-            result = [
-                clipping_cotangent(c, g, inner, norm=record.norm, max_norm=self.max_norm)
-                for c, g in zip(result, grads, strict=True)
-            ]
-        return result
 
-    @contextmanager
-    def tangent(self, record: StepRecord, cotangent: Vector) -> Iterator["Tangent"]:
-        """The tangent pass at the recorded weights in direction of a cotangent.
+    def _set_settings(self, settings: Settings) -> None:
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            for key, value in values.items():
+                if key not in ("lr", "weight_decay"):
+                    raise ValueError(f"settings of level {self.name}: use lr and weight_decay only")
+                group[key] = float(value)
 
-        Everything inside must happen alike on all ranks, for weights are gathered on the way.
-        """
-        if self._dual is None:
-            raise RuntimeError("the tangent pass needs a template: Level(..., template=...)")
-        norm = math.sqrt(self.partition.dot(cotangent, cotangent))
-        # A direction of unit length keeps clear of the compute precision's smallest numbers.
-        scale = 1 / norm if norm else 0.0
-        dtype = record.weights[0].dtype
-        direction = [(c * scale).to(dtype) for c in cotangent]
-        with self._dual.running(
-            lambda names: self.partition.gather(names, record.weights, direction)
-        ) as module:
-            yield Tangent(module, norm)
+    def _recording(self) -> AbstractContextManager[None]:
+        # `_take_step` lets go of a module's gradients, so they can be kept as they are, but SGD may
+        # write into them, and engines use their memory again.
+        owns_gradients = not self.is_engine and type(self.optimizer) is not torch.optim.SGD
+        return recording(
+            self.partition,
+            self.records,
+            self._waiting,
+            clips=bool(self.max_norm),
+            owns_gradients=owns_gradients,
+        )
 
-
-@dataclass(frozen=True)
-class Tangent:
-    """An open tangent pass: run `module`, then read the derivatives of what comes out."""
-
-    module: nn.Module
-    norm: float
-
-    def of(self, output: Tensor) -> Tensor:
-        """Directional derivative of an output along the cotangent."""
-        return unpack(output)[1] * self.norm
-
-    def of_loss(self, loss_function: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
-        """Directional derivative of a scalar loss of an output, itself differentiable.
-
-        The loss is differentiated in reverse mode, since cross-entropy is among the functions
-        whose forward-mode derivative cannot be backpropagated (torch 2.13).
-        """
-        value, tangent = unpack(output)
-        (gradient,) = torch.autograd.grad(loss_function(value), value, create_graph=True)
-        return (gradient * tangent).sum() * self.norm
+    def _take_step(self) -> None:
+        if self.is_engine:
+            self.model.step()
+            return
+        if self.max_norm:
+            nn.utils.clip_grad_norm_(self.partition.params.values(), self.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    if type(optimizer) not in (torch.optim.SGD, torch.optim.AdamW):
+class _Models(dict[str, Any]):
+    """Models by level name, with an error that says how to reach a missing one."""
+
+    def __init__(self, models: Models, level: Level) -> None:
+        super().__init__(models)
+        self._level = level
+
+    def __getitem__(self, name: str) -> Any:
+        self._level._used.add(name)
+        return super().__getitem__(name)
+
+    def __missing__(self, name: str) -> Any:
         raise ValueError(
-            f"{type(optimizer).__name__} has no adjoint here; use torch.optim.SGD or AdamW"
+            f"the loss of level {self._level.name} uses models[{name!r}]; name that level in its "
+            "lower or upper"
         )
-    for option in ("amsgrad", "maximize"):
-        if any(group.get(option) for group in optimizer.param_groups):
-            raise ValueError(f"{option}=True has no adjoint here; switch it off")
-
-
-def _step_cotangent(
-    optimizer: torch.optim.Optimizer,
-    adjoint: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
-    settings: dict[str, Any],
-) -> Tensor:
-    if isinstance(optimizer, torch.optim.SGD):
-        return sgd_cotangent(
-            adjoint,
-            lr=float(settings["lr"]),
-            momentum=settings["momentum"],
-            dampening=settings["dampening"],
-            nesterov=settings["nesterov"],
-            first_step=settings["first_step"],
-        )
-    return adamw_cotangent(
-        adjoint,
-        grad,
-        state["exp_avg"].flatten(),
-        state["exp_avg_sq"].flatten(),
-        lr=float(settings["lr"]),
-        betas=settings["betas"],
-        eps=settings["eps"],
-        step=float(state["step"]),
-    )

@@ -7,7 +7,7 @@ of N ranks and elementwise work on it needs no communication.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ class Partition(ABC):
     Attributes:
         optimizer: the torch optimizer whose `step` changes the weights.
         device: where the model computes; with offload, shards lie elsewhere.
+        params, frozen: the module's parameters that are trained and that are not, by name.
+        dtype: what the model computes in.
         fragments: what this rank owns, in the module's parameter order.
         shapes: full shape of every trainable parameter, by name.
         is_sharded: whether ranks own different fragments (else each owns everything).
@@ -58,8 +60,15 @@ class Partition(ABC):
         self.optimizer = optimizer
         self.device = device
         self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+        self.dtype = next(iter(self.params.values())).dtype
         self.shapes = {name: self.full_shape(p) for name, p in self.params.items()}
         self.fragments = list(self.find_fragments())
+
+    @property
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by until the optimizer's step; not 1 under fp16 only."""
+        return 1.0
 
     def full_shape(self, param: nn.Parameter) -> torch.Size:
         """Shape of the whole parameter."""
@@ -74,8 +83,11 @@ class Partition(ABC):
         """The tensors that the inner optimizer steps, in the order of a `Vector`."""
 
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate and reduce over ranks, without a step and without loss scaling."""
+    def set_gradient(self, vector: Vector) -> None:
+        """Make the next step use exactly this as the reduced gradient, before clipping.
+
+        What was accumulated before is forgotten. All ranks must call.
+        """
 
     @abstractmethod
     def clear_gradients(self) -> None:
@@ -87,7 +99,7 @@ class Partition(ABC):
         return fragment.param.detach().flatten()[start : start + fragment.numel]
 
     def gradient_of(self, fragment: Fragment) -> Tensor | None:
-        """The fragment's gradient, averaged over ranks, flat; None when there is none."""
+        """The fragment's gradient times `loss_scale`, averaged, flat; None when there is none."""
         grad = fragment.param.grad
         if grad is None:
             return None
@@ -99,8 +111,7 @@ class Partition(ABC):
 
     def weights(self) -> Vector:
         """A copy of the weights in compute precision."""
-        dtype = next(iter(self.params.values())).dtype
-        vector = [zeros.to(dtype) for zeros in self.zeros()]
+        vector = [zeros.to(self.dtype) for zeros in self.zeros()]
         for fragment in self.fragments:
             view(vector, fragment).copy_(self.weights_of(fragment))
         return vector
@@ -111,7 +122,7 @@ class Partition(ABC):
         for fragment in self.fragments:
             grad = self.gradient_of(fragment)
             if grad is not None:
-                view(vector, fragment).copy_(grad)
+                view(vector, fragment).copy_(grad).div_(self.loss_scale)
         return vector
 
     def dot(self, left: Vector, right: Vector) -> float:
@@ -127,8 +138,42 @@ class Partition(ABC):
         for fragment in self.fragments:
             grad = self.gradient_of(fragment)
             if grad is not None:
-                total += grad.float().square().sum(dtype=torch.float64).to(self.device)
-        return math.sqrt(self._sum_over_ranks(total))
+                total += grad.double().square().sum().to(self.device)
+        return math.sqrt(self._sum_over_ranks(total)) / self.loss_scale
+
+    def current(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Whole parameters in compute precision as they are now, trainable or frozen, by name.
+
+        At ZeRO-3 they are gathered by one collective, so all ranks must call; else they are the
+        live tensors, and show what the next step does to them.
+        """
+        params = self.params | self.frozen
+        return {name: params[name].detach() for name in names}
+
+    @torch.no_grad()
+    def add_gradients(self, grads: Mapping[str, Tensor], into: Vector) -> None:
+        """Average whole gradients over ranks in fp32 or wider, and add this rank's part of them.
+
+        One collective. All ranks must call with the same names in the same order.
+
+        Args:
+            grads: this rank's gradient of each parameter by its name.
+            into: the vector to add to.
+        """
+        dtype = torch.promote_types(into[0].dtype, torch.float32)
+        parts = [grad.flatten().to(self.device, dtype) for grad in grads.values()]
+        offsets = dict(zip(grads, running_sum([part.numel() for part in parts]), strict=True))
+        mean = self.average(torch.cat(parts))
+        for fragment in self.fragments:
+            if fragment.name in offsets:
+                start = offsets[fragment.name] + fragment.param_start
+                part = mean[start : start + fragment.numel]
+                target = view(into, fragment)
+                target += part.to(target.device)
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks that see different data, in place. All ranks must call."""
+        return tensor
 
     def gather(self, names: Sequence[str], *vectors: Vector) -> list[dict[str, Tensor]]:
         """Whole parameters out of sharded vectors, with one collective. All ranks must call.
@@ -141,7 +186,7 @@ class Partition(ABC):
             For each vector, a tensor of the parameter's shape by name.
         """
         sizes = [self.shapes[name].numel() for name in names]
-        offsets = dict(zip(names, _running_sum(sizes), strict=True))
+        offsets = dict(zip(names, running_sum(sizes), strict=True))
         dtype = vectors[0][0].dtype
         buffer = torch.zeros(len(vectors), sum(sizes), dtype=dtype, device=self.device)
         for row, vector in zip(buffer, vectors, strict=True):
@@ -152,8 +197,7 @@ class Partition(ABC):
         if self.is_sharded:
             dist.all_reduce(buffer)  # fragments do not overlap, so this sum is exact
         return [
-            {name: _alias(row, offsets[name], self.shapes[name]) for name in names}
-            for row in buffer
+            {name: alias(row, offsets[name], self.shapes[name]) for name in names} for row in buffer
         ]
 
     def _sum_over_ranks(self, value: Tensor) -> float:
@@ -181,145 +225,14 @@ class PlainPartition(Partition):
     def shards(self) -> Sequence[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def backward(self, loss: Tensor) -> None:
-        self.clear_gradients()  # what an earlier step left would add to this loss's gradient
-        loss.backward()  # type: ignore[no-untyped-call]
+    def set_gradient(self, vector: Vector) -> None:
+        for fragment in self.fragments:
+            param = fragment.param
+            param.grad = view(vector, fragment).to(param, copy=True).view(param.shape)
 
     def clear_gradients(self) -> None:
         for param in self.params.values():
             param.grad = None
-
-
-class _EnginePartition(Partition):
-    """What all DeepSpeed engines share: backward at a forced accumulation boundary."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        super().__init__(engine.module, engine.basic_optimizer, engine.device)
-
-    def backward(self, loss: Tensor) -> None:
-        engine = self.engine
-        boundary = engine._is_gradient_accumulation_boundary
-        engine.set_gradient_accumulation_boundary(True)
-        try:
-            engine.backward(loss, scale_wrt_gas=False)
-        finally:
-            engine.set_gradient_accumulation_boundary(boundary)
-
-    def clear_gradients(self) -> None:
-        self.engine.zero_grad()
-        self.engine.optimizer.zero_grad()
-
-
-class Zero0Partition(_EnginePartition):
-    """Stage 0: whole parameters on every rank, with fp32 copies of them under bf16."""
-
-    is_sharded = False
-
-    def find_fragments(self) -> Iterable[Fragment]:
-        wrapper = self.engine.optimizer
-        groups = getattr(wrapper, "fp16_groups", None)  # this wrapper serves bf16, too
-        if groups is None:
-            groups = [group["params"] for group in self.optimizer.param_groups]
-        flat = [param for group in groups for param in group]
-        names = {id(param): name for name, param in self.params.items()}
-        for index, param in enumerate(flat):
-            yield Fragment(param, names[id(param)], index, 0, 0, param.numel())
-
-    def shards(self) -> Sequence[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-
-class Zero12Partition(_EnginePartition):
-    """Stages 1 and 2: whole parameters on every rank, optimizer shards cut from flat groups."""
-
-    is_sharded = True
-
-    def find_fragments(self) -> Iterable[Fragment]:
-        for name, param in self.params.items():
-            mapping = param._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:
-                master, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield Fragment(
-                    param,
-                    name,
-                    mapping.param_group_index,
-                    master.start,
-                    whole.start,
-                    whole.numel,
-                )
-
-    def shards(self) -> Sequence[Tensor]:
-        return list(self.engine.optimizer.single_partition_of_fp32_groups)
-
-    def gradient_of(self, fragment: Fragment) -> Tensor | None:
-        grads = self.engine.optimizer.averaged_gradients.get(fragment.shard)
-        if grads is None:
-            return None
-        grad: Tensor = grads[fragment.param._index_in_param_group]  # type: ignore[attr-defined]
-        return grad.detach().flatten()
-
-    def backward(self, loss: Tensor) -> None:
-        optimizer = self.engine.optimizer
-        counter = optimizer.micro_step_id
-        super().backward(loss)
-        optimizer.micro_step_id = counter
-
-    def clear_gradients(self) -> None:
-        super().clear_gradients()
-        # In place: `safe_get_full_grad` reads this very dictionary.
-        averaged = self.engine.optimizer.averaged_gradients
-        for group in averaged:
-            averaged[group] = None
-
-
-class Zero3Partition(_EnginePartition):
-    """Stage 3: parameters, gradients and optimizer state are all cut alike."""
-
-    is_sharded = True
-
-    def full_shape(self, param: nn.Parameter) -> torch.Size:
-        return torch.Size(param.ds_shape)  # type: ignore[attr-defined]
-
-    def find_fragments(self) -> Iterable[Fragment]:
-        wrapper = self.engine.optimizer
-        for name, param in self.params.items():
-            shard, start, size = wrapper.grad_position[wrapper.get_param_id(param)]
-            first = dist.get_rank(param.ds_process_group) * size  # type: ignore[attr-defined]
-            numel = max(0, min(size, self.shapes[name].numel() - first))  # the rest is padding
-            if numel:
-                yield Fragment(param, name, shard, start, first, numel)
-
-    def shards(self) -> Sequence[Tensor]:
-        return list(self.engine.optimizer.fp32_partitioned_groups_flat)
-
-    def weights_of(self, fragment: Fragment) -> Tensor:
-        shard: Tensor = fragment.param.ds_tensor  # type: ignore[attr-defined]
-        return shard.detach().flatten()[: fragment.numel]
-
-    def gradient_of(self, fragment: Fragment) -> Tensor | None:
-        from deepspeed.utils import safe_get_local_grad
-
-        grad: Tensor = safe_get_local_grad(fragment.param)
-        return grad.detach().flatten()[: fragment.numel]
-
-    def backward(self, loss: Tensor) -> None:
-        # A parameter that this loss does not reach keeps what the last step left in the buffer.
-        self._zero_buffers()
-        super().backward(loss)
-
-    def clear_gradients(self) -> None:
-        super().clear_gradients()
-        self._zero_buffers()
-
-    def _zero_buffers(self) -> None:
-        wrapper = self.engine.optimizer
-        if not wrapper.offload_optimizer:
-            wrapper.grad_partitions_flat_buffer.zero_()
-            return
-        for shard in self.shards():
-            if shard.grad is not None:
-                shard.grad.zero_()
 
 
 def partition_of(model: Any, optimizer: torch.optim.Optimizer | None) -> Partition:
@@ -328,28 +241,13 @@ def partition_of(model: Any, optimizer: torch.optim.Optimizer | None) -> Partiti
     Raises:
         ValueError: the engine uses something that cannot be read exactly; names it.
     """
+    from mlomae.hypergrad.zero_partitions import engine_partition  # it builds on this file
+
     if optimizer is not None:
         return PlainPartition(model, optimizer, next(model.parameters()).device)
     if not hasattr(model, "zero_optimization_stage"):
         raise ValueError("a plain module needs its optimizer: Level(module, optimizer, ...)")
-    if model.fp16_enabled():
-        raise ValueError(
-            "fp16 loss scaling is not supported by hypergradients; enable bf16 instead"
-        )
-    if type(model.optimizer).__name__ == "BF16_Optimizer":
-        raise ValueError(
-            "data_types.grad_accum_dtype=fp32 at ZeRO stage 1 is not supported by hypergradients; "
-            "remove it or use stage 2"
-        )
-    if model.zero_cpu_offload() and int(model.zero_optimization_stage()) < 3:
-        raise ValueError(
-            "zero_optimization.offload_optimizer at ZeRO stage 1 or 2 is not supported by "
-            "hypergradients; remove it or use stage 3"
-        )
-    stage = int(model.zero_optimization_stage())
-    if stage == 0:
-        return Zero0Partition(model)
-    return Zero3Partition(model) if stage == 3 else Zero12Partition(model)
+    return engine_partition(model)
 
 
 def view(vector: Vector, fragment: Fragment) -> Tensor:
@@ -357,11 +255,11 @@ def view(vector: Vector, fragment: Fragment) -> Tensor:
     return vector[fragment.shard][fragment.shard_start : fragment.shard_start + fragment.numel]
 
 
-def _running_sum(sizes: Sequence[int]) -> list[int]:
+def running_sum(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-def _alias(flat: Tensor, start: int, shape: torch.Size) -> Tensor:
+def alias(flat: Tensor, start: int, shape: torch.Size) -> Tensor:
     """A part of a flat tensor in its memory, but not a view of it.
 
     Forward-mode AD keeps a tangent for the whole base of every view that gets one.

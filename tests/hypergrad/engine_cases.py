@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlomae.engines import TrainingLevel, build_level
+from mlomae.hypergrad import Unrolled
 from mlomae.hypergrad.partition import view
-from mlomae.mlo_mae import MloMae
+from mlomae.mlo_mae import LEVELS, MloMae, WeightedReconstruction
 from mlomae.recipe import LevelRecipe
 from tests.hypergrad.brute_force import (
     MloMaeProblem,
@@ -53,6 +54,7 @@ def build(
     """The tiny problem on engines, and copies of its untouched models."""
     models = tiny_models(dropout, trainable_positions)
     copies = [copy.deepcopy(m) for m in models]
+    coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": WeightedReconstruction()}}
     levels: list[TrainingLevel] = []
     for name, model, lr in zip(("pretrain", "classifier", "mask"), models, LRS, strict=True):
         n = micro if name == "pretrain" else 1
@@ -65,14 +67,13 @@ def build(
             eps=EPS,
             decay_norm_and_bias=name == "pretrain",
         )
-        template = None if name == "mask" else copy.deepcopy(model).to("meta")
         config = deepspeed_config(shipped, dtype, gradient_clipping, n)
         levels.append(
             build_level(
-                name, model, recipe, config, template=template, total_steps=10**9, warmup_steps=0
+                name, model, recipe, config, **coupling[name], total_steps=10**9, warmup_steps=0
             )
         )
-    return MloMae(*levels), copies
+    return MloMae(*levels, estimator=Unrolled(steps=1)), copies
 
 
 LRS = (1e-2, 5e-2, 1e-3)
@@ -96,25 +97,25 @@ def mine(tensor: Tensor) -> Tensor:
 
 def run_lower(method: MloMae, cycle: int, micro: int = 1) -> None:
     pretrain, images, labels, *_ = (mine(t) for t in batches(cycle))
-    method.pretrain_step(list(pretrain.chunk(micro)), record=True)
-    method.classifier_step(images, labels, record=True)
+    method.pretrain_step(list(pretrain.chunk(micro)))
+    method.classifier_step(images, labels)
 
 
 def hypergradient(method: MloMae, cycle: int) -> dict[str, Tensor]:
     """Gradient of the mask level at the moment it steps, whole and on every rank."""
     level = method.mask
     found: dict[str, Tensor] = {}
-    original = level.step
+    original = level.level.apply
 
-    def capture(loss: Tensor) -> bool:
+    def capture() -> None:
         partition = level.level.partition
         found.update(partition.gather(list(partition.shapes), partition.gradient())[0])
-        return original(loss)
+        original()
 
-    level.step = capture  # type: ignore[method-assign]
+    level.level.apply = capture  # type: ignore[method-assign]
     *_, images, labels = (mine(t) for t in batches(cycle))
     method.mask_step(images, labels)
-    level.step = original  # type: ignore[method-assign]
+    level.level.apply = original  # type: ignore[method-assign]
     return {name: value.clone() for name, value in found.items()}
 
 
@@ -163,6 +164,7 @@ def against_brute_force(cases: list[dict[str, Any]]) -> list[list[dict[str, floa
         method, models = build(**case)
         for cycle in range(WARM_CYCLES):
             run_lower(method, cycle, case.get("micro", 1))
+            method.problem.clear()
         cycles = range(WARM_CYCLES, WARM_CYCLES + 3)
         results.append([one_cycle(method, models, cycle, case) for cycle in cycles])
         destroy(method)
@@ -175,9 +177,9 @@ def one_cycle(
     """Train one cycle, and compare its hypergradient with the reference's."""
     problem = as_problem(method, models, case["optimizer"], case.get("gradient_clipping", 0.0))
     run_lower(method, cycle, case.get("micro", 1))
-    passes = method._pretrain_record.micro_batches
-    images = [part.double() for p in passes for part in everybodys(p.images)]
-    selection = [part.double() for p in passes for part in everybodys(p.scores)]
+    passes = method.pretrain.level.records[-1].micro_batches
+    images = [part.double() for p in passes for part in everybodys(p.batch)]
+    selection = [part.double() for p in passes for part in everybodys(p.frozen.scores)]
     _, x2, y2, x3, y3 = batches(cycle)
     truth = problem(images, (x2.double(), y2), (x3.double(), y3), selection).hypergradient()
     value = hypergradient(method, cycle)
@@ -241,7 +243,10 @@ def leaves_no_trace(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def drive_on(method: MloMae) -> dict[str, str]:
     """Two more steps of the lower levels with fixed scores, then their fingerprint."""
-    method._score = lambda e: torch.linspace(0.1, 0.9, e.shape[1]).expand(e.shape[:2])  # type: ignore[method-assign]
+    level = method.mask.level
+    with torch.no_grad():
+        for shard in level.partition.shards():
+            shard.zero_()
     for cycle in (1, 2):
         run_lower(method, cycle)
     return fingerprint(method)
@@ -271,9 +276,9 @@ def bad_numbers_with(shipped: str) -> dict[str, Any]:
     before = _hash(*method.pretrain.level.partition.weights())
     pretrain, images, labels, mask_images, mask_labels = (mine(t) for t in batches(0))
     poisoned = pretrain * float("nan") if dist.get_rank() == 1 else pretrain
-    method.pretrain_step([poisoned], record=True)
+    method.pretrain_step([poisoned])
     after = _hash(*method.pretrain.level.partition.weights())
-    method.classifier_step(images, labels, record=True)
+    method.classifier_step(images, labels)
     mask_before = _hash(*method.mask.level.partition.weights())
     method.mask_step(mask_images, mask_labels)
     mask_unchanged = mask_before == _hash(*method.mask.level.partition.weights())
@@ -284,7 +289,7 @@ def bad_numbers_with(shipped: str) -> dict[str, Any]:
     message = ""
     try:
         for _ in range(3):
-            method.pretrain_step([poisoned], record=False)
+            method.pretrain_step([poisoned])
     except RuntimeError as error:
         message = str(error)
     finite = all(bool(s.isfinite().all()) for s in method.pretrain.level.partition.weights())

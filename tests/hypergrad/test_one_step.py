@@ -2,14 +2,15 @@
 
 import copy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mlomae.hypergrad import Level
-from mlomae.mlo_mae import MloMae
+from mlomae.hypergrad import Level, Unrolled
+from mlomae.mlo_mae import LEVELS, MloMae, WeightedReconstruction
 from mlomae.models import ClassificationHead, MaskedAutoencoder, MaskingNetwork
 from tests.hypergrad.brute_force import MloMaeProblem, of_optimizer, relative_error
 
@@ -18,22 +19,18 @@ from tests.hypergrad.brute_force import MloMaeProblem, of_optimizer, relative_er
 class PlainLevel:
     """What `TrainingLevel` is to an engine, for a module and a torch optimizer."""
 
-    engine: nn.Module
     level: Level
-    max_norm: float = 0.0
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.engine(*args, **kwargs)
+    @property
+    def engine(self) -> Any:
+        return SimpleNamespace(module=self.level.model)
 
-    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
-        loss.backward()
+    def step(self, *micro_batches: Any) -> None:
+        self.level.step(*micro_batches)
 
-    def step(self, loss: Tensor) -> bool:
-        self.gradients = {n: p.grad.clone() for n, p in self.engine.named_parameters()}
-        self.level.optimizer.step()
-        self.level.optimizer.zero_grad()
-        return True
+    def step_along(self, hypergradient: Any) -> None:
+        self.gradients = self.level.named(hypergradient.vector)
 
 
 def tiny_models(
@@ -80,13 +77,13 @@ def hypergradient_of(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The engine's hypergradient of one cycle, and the reference's."""
     models = [module.double() for module in tiny_models()]
-    templates = [copy.deepcopy(module).to("meta") for module in models]
     lrs = (1e-2, classifier_lr if kind != "adamw" else classifier_lr / 10, 1e-3)
+    coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": WeightedReconstruction()}}
     levels = [
-        PlainLevel(module, Level(module, make_optimizer(kind, module, lr), template=template))
-        for module, lr, template in zip(models, lrs, [*templates[:2], None], strict=True)
+        PlainLevel(Level(name, module, make_optimizer(kind, module, lr), **coupling[name]))
+        for name, module, lr in zip(LEVELS, models, lrs, strict=True)
     ]
-    method = MloMae(*levels)
+    method = MloMae(*levels, estimator=Unrolled(steps=1))
     generator = torch.Generator().manual_seed(1)
 
     def images(n: int) -> Tensor:
@@ -96,15 +93,16 @@ def hypergradient_of(
         return torch.randint(5, (n,), generator=generator)
 
     for _ in range(warm_steps):
-        method.pretrain_step([images(6)], record=False)
-        method.classifier_step(images(6), labels(6), record=False)
+        method.pretrain_step([images(6)])
+        method.classifier_step(images(6), labels(6))
+        method.problem.clear()
 
     batches = [images(6)], (images(6), labels(6)), (images(4), labels(4))
-    states = [of_optimizer(lv.level.optimizer, lv.engine) for lv in levels[:2]]
+    states = [of_optimizer(lv.level.optimizer, lv.level.model) for lv in levels[:2]]
     problem = MloMaeProblem(*(copy.deepcopy(m) for m in models), *states, *batches)
     reference = problem.hypergradient()
 
-    method.pretrain_step(batches[0], record=True)
-    method.classifier_step(*batches[1], record=True)
+    method.pretrain_step(batches[0])
+    method.classifier_step(*batches[1])
     method.mask_step(*batches[2])
     return levels[2].gradients, reference

@@ -1,0 +1,39 @@
+"""What a level's loss is: a function of the levels' models and a batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Models = Mapping[str, Any]
+"""The callable models that a loss may use, by the name of their level."""
+
+Settings = Sequence[Mapping[str, Any]]
+"""`lr` and `weight_decay`, or one of them, for each parameter group of an optimizer."""
+
+
+@dataclass(eq=False)
+class WeightedLoss:
+    """A loss sum_i weight_i * loss_i whose two factors keep the levels apart.
+
+    The level's own weights enter only through the losses, the levels above only through the
+    weights. The mixed product then needs one table of numbers from the level's own model; what the
+    weights were computed from is kept from the step itself, so that a finite difference cannot
+    move it.
+
+    Attributes:
+        losses: `(models, batch, frozen=None) -> (losses, frozen)`: losses of any shape, and what
+            the weights, or a choice within the losses, depend on. Given `frozen`, it is used.
+        weights: `(models, frozen) -> weights`, of the losses' shape.
+    """
+
+    losses: Callable[..., tuple[Tensor, Any]]
+    weights: Callable[[Models, Any], Tensor]
+
+    def __call__(self, models: Models, batch: Any) -> Tensor:
+        losses, frozen = self.losses(models, batch)
+        return (self.weights(models, frozen) * losses).sum()
+
+
+Loss = Callable[[Models, Any], Tensor] | WeightedLoss

@@ -1,0 +1,236 @@
+"""A problem of several levels: who depends on whom, and the sweep that yields a hypergradient."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+
+import torch
+from torch import Tensor
+
+from mlomae.hypergrad.estimators import Estimator, Unrolled
+from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.partition import Vector
+from mlomae.hypergrad.products import running
+from mlomae.hypergrad.randomness import restored
+from mlomae.hypergrad.twin import GradientSink, Weights
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The total derivative of an upper level's loss by its own weights.
+
+    Attributes:
+        loss: the upper level's loss on this rank, detached.
+        vector: the derivative, averaged over ranks, as shards.
+    """
+
+    loss: Tensor
+    vector: Vector
+
+
+class Multilevel:
+    """Levels that depend on each other, and the estimator of their hypergradients.
+
+    A cycle runs the levels from the lowest up: each takes its steps with the others held fixed,
+    then every upper level, whose weights are hyperparameters below, takes one along its
+    hypergradient.
+
+    Args:
+        levels: in any order.
+        estimator: how hypergradients are computed.
+        keep_activations: keep what a level's last step computed with the models below until the
+            hypergradient, instead of computing it again: faster, but those activations are then
+            in memory together with those of the upper level's loss.
+
+    Raises:
+        ValueError: the graph of levels has a cycle, an upper level has no influence below, a level
+            takes fewer steps than the estimator asks for, or the estimator cannot work with a
+            level's optimizer, model or precision. All ranks must construct alike.
+    """
+
+    def __init__(
+        self,
+        levels: Iterable[Level],
+        *,
+        estimator: Estimator | None = None,
+        keep_activations: bool = True,
+    ) -> None:
+        self.estimator = estimator or Unrolled(steps=1)
+        given = list(levels)
+        self.levels = {level.name: level for level in given}
+        if len(self.levels) != len(given):
+            raise ValueError("two levels have the same name; rename one")
+        _check_names(self.levels)
+        _check_weights(given)
+        self._order = _lowest_first(self.levels)
+        self.uppers = [n for n in self._order if any(n in lv.upper for lv in given)]
+        _check_uppers(self.levels, self.uppers)
+        for level in given:
+            level.others = {n: self.levels[n] for n in (*level.lower, *level.upper)}
+        self._keep_activations = keep_activations
+        self._set_windows()
+
+    def hypergradient(self, upper: str, *micro_batches: object) -> Hypergradient:
+        """Derivative of an upper level's loss by its weights, through the recorded steps below.
+
+        No level changes: no weight, optimizer state, counter, gradient or random state. All ranks
+        must call, after the steps of the levels below and before any further one.
+
+        Args:
+            upper: the level's name.
+            micro_batches: its loss is the mean over them.
+
+        Raises:
+            RuntimeError: a level below has taken too few steps in this cycle.
+            ValueError: a loss is no scalar, or no loss below calls the upper level's model.
+        """
+        target = self.levels[upper]
+        below = self._between(upper)
+        sinks = {name: GradientSink(self.levels[name].partition) for name in (*below, upper)}
+        with restored(target.partition.device):
+            losses = [
+                self._top(target, batch, len(micro_batches), sinks) for batch in micro_batches
+            ]
+            for name in reversed(below):
+                level, sink = self.levels[name], sinks.pop(name)
+                wanted = {n: sinks[n] for n in level.others if n in sinks}
+                self.estimator.push(level, sink.take(), wanted)
+        if not sinks[upper].is_reached:
+            raise ValueError(
+                f"no loss below uses models[{upper!r}] differentiably, so level {upper} has no "
+                "hypergradient; use it there, or leave it out of upper"
+            )
+        return Hypergradient(torch.stack(losses).mean(), sinks[upper].take())
+
+    def cycle(self, batches: Mapping[str, Iterator[object]]) -> dict[str, Tensor]:
+        """One cycle of all levels. All ranks must call.
+
+        Args:
+            batches: an iterator of micro-batches for each level.
+
+        Returns:
+            The mean loss of each level on this rank, by name.
+        """
+        losses = {}
+        for name in self._order:
+            if name not in self.uppers:
+                level = self.levels[name]
+                steps = [level.step(*self._next(level, batches)) for _ in range(level.num_steps)]
+                losses[name] = torch.stack(steps).mean()
+        found = {
+            name: self.hypergradient(name, *self._next(self.levels[name], batches))
+            for name in self.uppers
+        }
+        for name, result in found.items():  # after all are known: one may depend on another
+            losses[name] = result.loss
+            self.levels[name].set_gradient(result.vector)
+            self.levels[name].apply()
+        self.clear()
+        return losses
+
+    def clear(self) -> None:
+        """Forget the recorded steps of all levels: the next cycle begins."""
+        for level in self.levels.values():
+            level.clear()
+
+    def _top(
+        self, target: Level, batch: object, num: int, sinks: dict[str, GradientSink]
+    ) -> Tensor:
+        micro_batch = target.micro_batch(batch)
+        sources = {
+            level: Weights(level.twin, level.partition, sink=sinks.get(level.name))
+            for level in (target, *target.others.values())
+        }
+        with running(sources, micro_batch) as models:
+            loss = target.evaluate(models, micro_batch)
+            (loss / num).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _between(self, upper: str) -> list[str]:
+        """Levels that the upper level's weights influence and its loss depends on, lowest first."""
+        influenced: list[str] = []
+        for name in self._order:
+            level = self.levels[name]
+            if upper in level.upper or any(n in influenced for n in level.lower):
+                influenced.append(name)
+        return [n for n in influenced if n in _below(self.levels, upper)]
+
+    def _set_windows(self) -> None:
+        between = {name: upper for upper in self.uppers for name in self._between(upper)}
+        for name, upper in between.items():
+            level = self.levels[name]
+            if name in self.uppers:
+                raise ValueError(
+                    f"level {name} takes hypergradient steps itself, and level {upper} would have "
+                    f"to differentiate through them, which needs third derivatives; take {name} "
+                    f"out of what {upper} depends on, or train both in one level"
+                )
+            self.estimator.check(level)
+            level.window = self.estimator.window(level)
+            if self._keep_activations:
+                level.keeps = tuple(n for n in level.lower if n in between)
+            level.records = deque(maxlen=level.window)
+
+    def _next(self, level: Level, batches: Mapping[str, Iterator[object]]) -> list[object]:
+        return [next(batches[level.name]) for _ in range(level.num_micro_batches)]
+
+
+def _check_names(levels: Mapping[str, Level]) -> None:
+    for level in levels.values():
+        for name in (*level.lower, *level.upper):
+            if name not in levels or name == level.name:
+                raise ValueError(
+                    f"level {level.name} names {name!r} in lower or upper, which is no other "
+                    f"level; there are {', '.join(levels)}"
+                )
+        if both := set(level.lower) & set(level.upper):
+            raise ValueError(
+                f"level {level.name} names {both.pop()!r} in lower and in upper; leave it in one"
+            )
+
+
+def _check_weights(levels: Sequence[Level]) -> None:
+    owners: dict[int, tuple[str, str]] = {}
+    for level in levels:
+        for name, param in level.partition.params.items():
+            other, other_name = owners.setdefault(id(param), (level.name, name))
+            if other != level.name:
+                raise ValueError(
+                    f"levels {other} and {level.name} both train the same weight ({other_name}, "
+                    f"{name}); leave it to one of them, whose model the other calls"
+                )
+
+
+def _lowest_first(levels: Mapping[str, Level]) -> list[str]:
+    try:
+        return list(TopologicalSorter({n: lv.lower for n, lv in levels.items()}).static_order())
+    except CycleError as error:
+        path = " -> ".join(reversed(error.args[1]))
+        raise ValueError(
+            f"the levels depend on each other in a cycle, {path}; remove one of these lower="
+        ) from None
+
+
+def _below(levels: Mapping[str, Level], name: str) -> set[str]:
+    """All levels that a level's loss depends on, directly or through others."""
+    found: set[str] = set()
+    for lower in levels[name].lower:
+        found |= {lower} | _below(levels, lower)
+    return found
+
+
+def _check_uppers(levels: Mapping[str, Level], uppers: Sequence[str]) -> None:
+    for level in levels.values():
+        for upper in level.upper:
+            if level.name not in _below(levels, upper):
+                raise ValueError(
+                    f"level {level.name} names {upper} in upper, but the loss of {upper} does not "
+                    f"depend on {level.name}; add it to lower of {upper} or of a level below it"
+                )
+        is_top = not any(level.name in other.lower for other in levels.values())
+        if is_top and level.name not in uppers:
+            raise ValueError(
+                f"no loss below depends on the weights of level {level.name}; name it in upper of "
+                "a level whose loss uses it"
+            )

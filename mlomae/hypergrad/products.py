@@ -1,0 +1,276 @@
+"""Products of a direction with the second derivatives of a level's loss.
+
+For a loss L(w, others) and a direction c in w-space both ways here form the scalar
+s = <dL/dw, c>. Backpropagating it gives (d2L / dothers dw)^T c for every other level in one pass,
+and (d2L / dw2) c when asked for.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from mlomae.hypergrad.functions import differentiable_functions, explain
+from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.losses import Models, WeightedLoss
+from mlomae.hypergrad.partition import Vector
+from mlomae.hypergrad.records import MicroBatch
+from mlomae.hypergrad.twin import GradientSink, Weights, fetched_again
+
+Sinks = dict[str, GradientSink]
+"""Where the derivatives by other levels' weights go, by the level's name."""
+
+
+class Products(Protocol):
+    """A way to the products."""
+
+    def __call__(
+        self,
+        level: Level,
+        weights: Vector | None,
+        micro_batches: Sequence[MicroBatch],
+        direction: Vector,
+        sinks: Sinks,
+        *,
+        hessian: bool,
+    ) -> Vector:
+        """Add (d2L / dothers dw)^T c to the sinks. All ranks must call.
+
+        Args:
+            level: whose loss L is, and whose weights w are.
+            weights: where to differentiate, as shards; None for the live weights.
+            micro_batches: L is the mean over them.
+            direction: c, averaged over ranks.
+            sinks: of the levels whose derivative is wanted; the others are constants.
+            hessian: whether (d2L / dw2) c is wanted.
+
+        Returns:
+            (d2L / dw2) c averaged over ranks, or an empty vector.
+        """
+
+
+class TangentProducts:
+    """Exact: a forward pass with dual weights (w, c), whose output tangent is s.
+
+    When nothing but levels above are reached through the loss's weights, autograd records nothing
+    of the level's own model. Works in any precision, for it has no step size. Attention kernels
+    without a forward-mode rule are replaced while the weights are dual.
+    """
+
+    def __call__(
+        self,
+        level: Level,
+        weights: Vector | None,
+        micro_batches: Sequence[MicroBatch],
+        direction: Vector,
+        sinks: Sinks,
+        *,
+        hessian: bool,
+    ) -> Vector:
+        own = GradientSink(level.partition) if hessian else None
+        scale, tangents = _scaled(level, direction)
+        is_table = _is_table(level, sinks, own)
+        for micro_batch in micro_batches:
+            # The calls below were kept at the recorded weights, and serve one sweep.
+            is_kept = weights is not None and all(name in sinks for name in level.keeps)
+            kept = micro_batch.kept if is_kept else None
+            with _explained(level):
+                with _running(level, weights, tangents, sinks, own, micro_batch) as models:
+                    if kept is not None:
+                        models |= {n: kept.replaying(n, models[n]) for n in level.keeps}
+                    value = _derivative(level, models, micro_batch, is_table)
+                # Outside the dual level, or the backward pass would carry tangents as well.
+                _backward(value * (scale / len(micro_batches)))
+            if kept is not None:
+                kept.backward(sinks)
+                micro_batch.kept = None
+        return own.take() if own else []
+
+
+class DifferenceProducts:
+    """Central difference of the loss at w + eps c and w - eps c.
+
+    Both sides draw the same random numbers. They run on copies of the weights, so that nothing has
+    to be restored. Any attention kernel serves.
+
+    Args:
+        relative_step: eps |c| / |w|, global norms.
+        radius: eps |c|; the alternative to `relative_step`.
+    """
+
+    def __init__(self, relative_step: float | None, radius: float | None) -> None:
+        self._relative_step = relative_step
+        self._radius = radius
+
+    def __call__(
+        self,
+        level: Level,
+        weights: Vector | None,
+        micro_batches: Sequence[MicroBatch],
+        direction: Vector,
+        sinks: Sinks,
+        *,
+        hessian: bool,
+    ) -> Vector:
+        own = GradientSink(level.partition) if hessian else None
+        partition = level.partition
+        norm = math.sqrt(partition.dot(direction, direction))
+        if norm == 0:
+            return partition.zeros() if hessian else []
+        base = partition.weights() if weights is None else weights
+        eps = self.distance(level, base) / norm
+        for micro_batch in micro_batches:
+            self._one(level, base, direction, eps, sinks, own, micro_batch, len(micro_batches))
+        return own.take() if own else []
+
+    def distance(self, level: Level, weights: Vector) -> float:
+        """How far the weights are moved, in the global 2-norm. All ranks must call.
+
+        Raises:
+            ValueError: so little that the compute precision does not hold the moved weights.
+        """
+        dtype = level.dtype
+        norm = math.sqrt(level.partition.dot(weights, weights))
+        relative = self._relative_step or (self._radius or 0.0) / norm
+        resolution = torch.finfo(dtype).eps
+        if relative < resolution:
+            raise ValueError(
+                f"level {level.name}: a finite difference that moves the weights by "
+                f"{relative:.1e} of their norm is below the resolution {resolution:.1e} of "
+                f"{str(dtype).removeprefix('torch.')}; compute in float32, take a larger step, or "
+                "use an estimator without FiniteDifference"
+            )
+        return relative * norm
+
+    def _one(
+        self,
+        level: Level,
+        base: Vector,
+        direction: Vector,
+        eps: float,
+        sinks: Sinks,
+        own: GradientSink | None,
+        micro_batch: MicroBatch,
+        num: int,
+    ) -> None:
+        tables = []
+        is_table = _is_table(level, sinks, own)
+        for sign in (1.0, -1.0):
+            moved = [
+                (w + c * (sign * eps)).to(w.dtype) for w, c in zip(base, direction, strict=True)
+            ]
+            factor = sign / (2 * eps * num)
+            with _running(level, moved, None, sinks, own, micro_batch) as models:
+                if is_table:
+                    tables.append(_losses(level, models, micro_batch) * factor)
+                    continue
+                loss = _reweighted(level, models, micro_batch)
+            _backward(loss * factor)
+        if is_table:
+            with _running(level, base, None, sinks, None, micro_batch) as models:
+                weights = level.loss.weights(models, micro_batch.frozen)  # type: ignore[union-attr]
+            _backward((weights * (tables[0] + tables[1])).sum())
+
+
+def _scaled(level: Level, direction: Vector) -> tuple[float, Vector]:
+    """The direction as a factor and tangents in compute precision.
+
+    In half precision the tangents have unit length, clear of its smallest numbers.
+    """
+    if all(c.dtype == level.dtype for c in direction):
+        return 1.0, direction
+    norm = math.sqrt(level.partition.dot(direction, direction))
+    return norm, [(c * (1 / norm if norm else 0.0)).to(level.dtype) for c in direction]
+
+
+def _is_table(level: Level, sinks: Sinks, own: GradientSink | None) -> bool:
+    """Whether the losses of a `WeightedLoss` are plain numbers for every wanted derivative."""
+    through_losses = own is not None or any(name in sinks for name in level.lower)
+    return isinstance(level.loss, WeightedLoss) and not through_losses
+
+
+def _derivative(level: Level, models: Models, micro_batch: MicroBatch, is_table: bool) -> Tensor:
+    with forward_ad.dual_level(), differentiable_functions():
+        if not isinstance(level.loss, WeightedLoss):
+            return _tangent(level.evaluate(models, micro_batch))
+        frozen = micro_batch.frozen
+        with torch.no_grad() if is_table else nullcontext():
+            losses, _ = level.loss.losses(models, micro_batch.batch, frozen)
+            derivatives = _tangent(losses)
+    return (level.loss.weights(models, frozen) * derivatives).sum()
+
+
+@torch.no_grad()
+def _losses(level: Level, models: Models, micro_batch: MicroBatch) -> Tensor:
+    assert isinstance(level.loss, WeightedLoss)
+    losses, _ = level.loss.losses(models, micro_batch.batch, micro_batch.frozen)
+    return losses
+
+
+def _reweighted(level: Level, models: Models, micro_batch: MicroBatch) -> Tensor:
+    """The loss, with what a `WeightedLoss` froze held fixed."""
+    if not isinstance(level.loss, WeightedLoss):
+        return level.evaluate(models, micro_batch)
+    frozen = micro_batch.frozen
+    losses, _ = level.loss.losses(models, micro_batch.batch, frozen)
+    return (level.loss.weights(models, frozen) * losses).sum()
+
+
+@contextmanager
+def _running(
+    level: Level,
+    weights: Vector | None,
+    tangents: Vector | None,
+    sinks: Sinks,
+    own: GradientSink | None,
+    micro_batch: MicroBatch,
+) -> Iterator[dict[str, Any]]:
+    """Twins of the level and of all that its loss reads, as the step found them."""
+    sources = {
+        level: Weights(level.twin, level.partition, values=weights, tangents=tangents, sink=own)
+    }
+    for name, other in level.others.items():
+        sources[other] = Weights(other.twin, other.partition, sink=sinks.get(name))
+    with running(sources, micro_batch) as models:
+        micro_batch.random_state.restore()
+        yield models
+
+
+@contextmanager
+def running(sources: dict[Level, Weights], micro_batch: MicroBatch) -> Iterator[dict[str, Any]]:
+    """Twins with the given weights and the micro-batch's training modes, by level name."""
+    with ExitStack() as stack:
+        stack.enter_context(fetched_again(list(sources.values())))
+        yield {
+            level.name: stack.enter_context(level.twin.bound(w, micro_batch.modes.get(level.name)))
+            for level, w in sources.items()
+        }
+
+
+def _tangent(output: Tensor) -> Tensor:
+    dual = forward_ad.unpack_dual(output)  # type: ignore[no-untyped-call]
+    return torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
+
+
+def _backward(value: Tensor) -> None:
+    if value.requires_grad:
+        value.backward()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _explained(level: Level) -> Iterator[None]:
+    """Torch's error about a function without a forward-mode rule, as a sentence with the mend."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        raise ValueError(
+            f"level {level.name}: the tangent pass cannot run, {reason}; replace that function in "
+            "the model or use FiniteDifference(...)"
+        ) from error

@@ -1,0 +1,120 @@
+"""What it takes to differentiate an optimizer step afterwards, recorded while it is taken."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlomae.hypergrad.adjoints import ShardStep, remembered
+from mlomae.hypergrad.kept import KeptCalls
+from mlomae.hypergrad.partition import Partition, Vector
+from mlomae.hypergrad.randomness import RandomState
+
+
+@dataclass
+class MicroBatch:
+    """What it takes to evaluate a level's loss once more as it was."""
+
+    batch: Any
+    random_state: RandomState
+    modes: dict[str, list[bool]]  # of each level's submodules
+    frozen: Any = None  # of a `WeightedLoss`
+    kept: KeptCalls | None = None  # of the levels below, until they are used
+
+
+@dataclass
+class StepRecord:
+    """What it takes to differentiate one optimizer step, as shards.
+
+    Attributes:
+        weights: the weights before the step, in compute precision.
+        micro_batches: what the gradient was computed on.
+        norm: global norm of the gradient before clipping; 0 when nothing is clipped.
+        steps: what the optimizer did, by shard.
+    """
+
+    weights: Vector
+    micro_batches: list[MicroBatch]
+    norm: float
+    steps: dict[int, ShardStep] = field(default_factory=dict)
+
+    def bytes(self) -> int:
+        """Memory of the tensors held as shards on this rank."""
+        tensors = list(self.weights)
+        for step in self.steps.values():
+            tensors += [step.grad, *(s for s in step.state.values() if isinstance(s, Tensor))]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@contextmanager
+def recording(
+    partition: Partition,
+    records: deque[StepRecord],
+    micro_batches: list[MicroBatch],
+    *,
+    clips: bool,
+    owns_gradients: bool,
+) -> Iterator[None]:
+    """Record the one optimizer step taken inside. All ranks must enter.
+
+    Args:
+        records: takes the record; its oldest one goes when it is full.
+        clips: whether the gradient is clipped by its global norm.
+        owns_gradients: whether nobody writes into the gradients after the step.
+    """
+    if len(records) == records.maxlen:
+        records.popleft()  # before the next one needs its memory
+    if records:
+        _keep_state(records[-1])
+    norm = partition.gradient_norm() if clips else 0.0
+    record = StepRecord(partition.weights(), micro_batches, norm)
+    with _noted_gradients(partition, record, owns_gradients):
+        yield
+    shards = partition.shards()
+    for i, step in record.steps.items():
+        # In place, not copied: `_keep_state` copies it when another step is about to change it.
+        state = partition.optimizer.state[shards[i]]
+        names = remembered(partition.optimizer)
+        step.state = {key: state[key].flatten() for key in names if key in state}
+        step.state["step"] = float(state.get("step", 0))
+    records.append(record)
+
+
+@contextmanager
+def _noted_gradients(
+    partition: Partition, record: StepRecord, owns_gradients: bool
+) -> Iterator[None]:
+    index = {id(shard): i for i, shard in enumerate(partition.shards())}
+    all_groups = partition.optimizer.param_groups
+    groups = {id(p): i for i, group in enumerate(all_groups) for p in group["params"]}
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # ZeRO-1 and 2 step one group at a time and show no other, ZeRO-3 one sub-group, which it
+        # puts into its group for the while.
+        for i, group in enumerate(optimizer.param_groups):
+            settings = {k: v for k, v in group.items() if k != "params"}
+            for shard in group["params"]:
+                if shard.grad is not None:
+                    grad = shard.grad.detach().flatten()
+                    record.steps[index[id(shard)]] = ShardStep(
+                        grad if owns_gradients else grad.clone(),
+                        settings,
+                        groups.get(id(shard), i),
+                        is_first=not optimizer.state.get(shard),
+                    )
+
+    handle = partition.optimizer.register_step_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _keep_state(record: StepRecord) -> None:
+    for step in record.steps.values():
+        state = step.state.items()
+        step.state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state}

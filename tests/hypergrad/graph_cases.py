@@ -1,0 +1,213 @@
+"""What the graph tests run on every rank: small level graphs on real DeepSpeed engines."""
+
+import copy
+import json
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlomae.hypergrad import Level, Multilevel, Unrolled
+from mlomae.hypergrad.partition import Vector
+from mlomae.hypergrad.reference import (
+    OptimizerRules,
+    ReferenceLevel,
+    cosine,
+    hypergradient,
+    relative_error,
+)
+from tests.hypergrad.problems import PROBLEMS, make_optimizer
+from tests.ranks import ROOT
+
+BATCH = 8  # over all ranks and micro-batches
+WARM_CYCLES = 2
+MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+
+
+class Graph:
+    """One problem on engines, and the reference of its next cycle.
+
+    Args:
+        problem: by its name in `PROBLEMS`.
+        shipped: a file of `ds_configs`, computed in bf16 as it stands or in fp32.
+        kind: of the lower levels' optimizer.
+        num_steps: of every lower level in a cycle; all are unrolled.
+        num_micro: micro-batches of every lower level's step.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        shipped: str,
+        dtype: str,
+        kind: str = "adamw",
+        num_steps: int = 1,
+        num_micro: int = 1,
+        max_norm: float = 0.0,
+    ) -> None:
+        self.problem = PROBLEMS[problem](torch.float32)
+        self.kind = "sgd" if kind == "momentum" else kind
+        self.num_steps, self.num_micro, self.max_norm = num_steps, num_micro, max_norm
+        # Engines change their modules; the reference has its own.
+        self.modules = {spec.name: copy.deepcopy(spec.module) for spec in self.problem.levels}
+        self.generator = torch.Generator().manual_seed(5)
+        self.levels = []
+        for spec in self.problem.levels:
+            is_target = spec.name == self.problem.target.name
+            engine, *_ = deepspeed.initialize(
+                model=spec.module,
+                optimizer=make_optimizer("sgd" if is_target else kind, spec.module),
+                config=self._config(shipped, dtype, 1 if is_target else num_micro),
+            )
+            level = Level(
+                spec.name, engine, loss=spec.loss, lower=spec.lower, upper=spec.upper,
+                num_steps=1 if is_target else num_steps, settings=spec.settings,
+            )  # fmt: skip
+            self.levels.append(level)
+        self.multilevel = Multilevel(self.levels, estimator=Unrolled(steps=num_steps))
+
+    def _config(self, shipped: str, dtype: str, num_micro: int) -> dict[str, Any]:
+        config = json.loads((ROOT / "ds_configs" / f"{shipped}.json").read_text())
+        config["bf16"]["enabled"] = dtype == "bf16"
+        return config | {
+            "train_batch_size": BATCH,
+            "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size() // num_micro,
+            "gradient_accumulation_steps": num_micro,
+            "gradient_clipping": self.max_norm,
+        }
+
+    def warm_up(self) -> None:
+        """Some cycles of the lower levels, for at Adam's first step there is next to no slope."""
+        for _ in range(WARM_CYCLES):
+            for level in self.levels[:-1]:
+                level.step(*self._mine(self._batch(), self.num_micro))
+        self.multilevel.clear()
+
+    def compare(self) -> dict[str, float]:
+        """One cycle's hypergradient beside the reference's."""
+        value, truth = self.cycle()
+        return {"error": relative_error(value, truth), "cosine": cosine(value, truth)}
+
+    def cycle(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The next cycle's hypergradient, and the reference's."""
+        references = [self._step(level) for level in self.levels[:-1]]
+        target, batch = self.levels[-1], self._batch()
+        found = self.multilevel.hypergradient(target.name, *self._mine(batch, 1))
+        references.append(self._reference(target, [[batch]]))
+        value = target.named(found.vector)
+        self.multilevel.clear()
+        return value, hypergradient(references, target.name)
+
+    def _step(self, level: Level) -> ReferenceLevel:
+        batches = [self._batch() for _ in range(self.num_steps)]
+        reference = self._reference(level, [[batch] for batch in batches])
+        for batch in batches:
+            level.step(*self._mine(batch, self.num_micro))
+        return reference
+
+    def _reference(self, level: Level, batches: list[Any]) -> ReferenceLevel:
+        """The level as it stands, in float64, with the batches of all ranks together."""
+        spec = next(s for s in self.problem.levels if s.name == level.name)
+        module = self.modules[level.name]
+        module.double().load_state_dict(level.named(level.partition.weights()))
+        rules = OptimizerRules()
+        if spec is not self.problem.target:
+            rules = self._rules(level)
+        return ReferenceLevel(level.name, module, spec.loss, batches, rules, settings=spec.settings)
+
+    def _rules(self, level: Level) -> OptimizerRules:
+        partition, optimizer = level.partition, level.optimizer
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        states = [optimizer.state[shard] for shard in partition.shards()]
+        found = {k: level.named(_flat(states, k)) for k in MOMENTS[self.kind] if k in states[0]}
+        # `make_optimizer`: matrices first, then vectors.
+        group_of = {n: 0 if len(shape) > 1 else 1 for n, shape in partition.shapes.items()}
+        memory: dict[str, dict[str, Any]] = {
+            n: {k: whole[n].double() for k, whole in found.items()} for n in group_of
+        }
+        for entry in memory.values():
+            entry["step"] = float(states[0].get("step", 1))
+        return OptimizerRules(self.kind, groups, group_of, memory, self.max_norm)
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        return self.problem.batch(self.generator, size=BATCH)
+
+    def _mine(self, batch: tuple[Tensor, Tensor], num_micro: int) -> list[tuple[Tensor, Tensor]]:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        tokens, labels = (t.chunk(size)[rank].chunk(num_micro) for t in batch)
+        dtype = self.levels[0].partition.dtype
+        return [(t.to(dtype), y) for t, y in zip(tokens, labels, strict=True)]
+
+    def destroy(self) -> None:
+        for level in self.levels:
+            level.model.destroy()
+        deepspeed.comm.barrier()
+
+
+def _flat(states: list[dict[str, Any]], key: str) -> Vector:
+    return [state[key].detach().flatten() for state in states]
+
+
+def against_reference(cases: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
+    """Error and cosine in several cycles of each case."""
+    results = []
+    for case in cases:
+        graph = Graph(**case)
+        graph.warm_up()
+        num_cycles = 3 if case["dtype"] == "bf16" else 1
+        results.append([graph.compare() for _ in range(num_cycles)])
+        graph.destroy()
+    return results
+
+
+def shard_bytes(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """What this rank holds of the recorded steps, of an adjoint and of the weights."""
+    results = []
+    for case in cases:
+        graph = Graph(**case)
+        graph.warm_up()
+        for level in graph.levels[:-1]:
+            graph._step(level)
+        lower = graph.levels[0]
+        vector = lower.partition.zeros()
+        results.append(
+            {
+                "records": sum(record.bytes() for record in lower.records),
+                "vector": sum(t.numel() * t.element_size() for t in vector),
+                "num_records": len(lower.records),
+                "numel": sum(shape.numel() for shape in lower.partition.shapes.values()),
+            }
+        )
+        graph.destroy()
+    return results
+
+
+def cycles_train(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whole cycles with the upper level's own steps: losses, and whether its weights moved."""
+    results = []
+    for case in cases:
+        graph = Graph(**case)
+        target = graph.levels[-1]
+        before = target.named(target.partition.weights())
+        before = {name: value.clone() for name, value in before.items()}
+        num = graph.num_micro
+        sources = {
+            level.name: iter(
+                part for _ in range(12)
+                for part in graph._mine(graph._batch(), 1 if level is target else num)
+            )
+            for level in graph.levels
+        }  # fmt: skip
+        losses = [graph.multilevel.cycle(sources) for _ in range(2)]
+        after = target.named(target.partition.weights())
+        results.append(
+            {
+                "losses": [{n: float(v) for n, v in found.items()} for found in losses],
+                "moved": relative_error(after, {n: v.double() for n, v in before.items()}),
+                "weights": {n: v.clone() for n, v in after.items()},
+            }
+        )
+        graph.destroy()
+    return results
