@@ -294,6 +294,9 @@ class HypergradientRecipe(Section):
     """Use finite differences that move the weights by this share of their norm."""
     radius: PositiveFloat | None = None
     """Use finite differences that move the weights by this 2-norm; the public code's is 0.01."""
+    keep_activations: bool = True
+    """Keep the encoder's activations of the classifier step until the mask step: less time, more
+    memory."""
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:

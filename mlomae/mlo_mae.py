@@ -79,6 +79,7 @@ class MloMae:
 
     Args:
         estimator: of the hypergradient by theta.
+        keep_activations: as `Multilevel` has it.
 
     Raises:
         ValueError: the estimator cannot work with these levels; says why, and the mend.
@@ -91,12 +92,13 @@ class MloMae:
         mask: TrainingLevel,
         *,
         estimator: Estimator,
+        keep_activations: bool = True,
     ) -> None:
         self.pretrain = pretrain
         self.classifier = classifier
         self.mask = mask
         levels = [level.level for level in (pretrain, classifier, mask)]
-        self.problem = Multilevel(levels, estimator=estimator)
+        self.problem = Multilevel(levels, estimator=estimator, keep_activations=keep_activations)
 
     @property
     def _choice(self) -> Choice:

@@ -248,11 +248,17 @@ def build_method(recipe: Recipe, levels: dict[str, TrainingLevel]) -> Mae | MloM
     """
     if recipe.method == "mae":
         return Mae(**levels)
+    section = recipe.hypergradient
     try:
-        return MloMae(**levels, estimator=build_estimator(recipe.hypergradient))
+        return MloMae(
+            **levels,
+            estimator=build_estimator(section),
+            keep_activations=section.keep_activations,
+        )
     except ValueError as error:
-        name = recipe.hypergradient.estimator
-        raise UserError(f"hypergradient.estimator {name} cannot be used: {error}") from None
+        raise UserError(
+            f"hypergradient.estimator {section.estimator} cannot be used: {error}"
+        ) from None
 
 
 def _open_stream(plan: Plan, name: str, cycle: int, device: torch.device) -> Stream:

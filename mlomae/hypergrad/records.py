@@ -81,7 +81,8 @@ def recording(
         names = remembered(partition.optimizer)
         step.state = {key: state[key].flatten() for key in names if key in state}
         step.state["step"] = float(state.get("step", 0))
-    records.append(record)
+    if record.steps:  # an engine skips a step with bad numbers
+        records.append(record)
 
 
 @contextmanager

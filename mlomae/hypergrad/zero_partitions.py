@@ -281,6 +281,9 @@ def _unsupported(engine: Any) -> Iterable[tuple[str, bool, str]]:
     zero, stage = engine._config.zero_config, int(engine.zero_optimization_stage())
     # DeepSpeed 0.19.8 divides gradients there by a scale that it never multiplied the loss by.
     yield "fp16 at ZeRO stage 0", engine.fp16_enabled() and stage == 0, "use another stage or bf16"
+    # It halves the gradient, unnoticed, in a step at which it doubles its scale.
+    is_dynamic = engine.fp16_enabled() and engine.dynamic_loss_scale()
+    yield "dynamic fp16 loss scaling", is_dynamic, "set fp16.loss_scale"
     yield "torch_autocast", engine.torch_autocast_enabled(), "use bf16"
     offloads = [part.device for part in (zero.offload_optimizer, zero.offload_param) if part]
     yield "offload to nvme", "nvme" in offloads, "offload to cpu"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlomae.engines import TrainingLevel, build_level
-from mlomae.hypergrad import Unrolled
+from mlomae.hypergrad import Level, Unrolled
 from mlomae.hypergrad.partition import view
 from mlomae.mlo_mae import LEVELS, MloMae, WeightedReconstruction
 from mlomae.recipe import LevelRecipe
@@ -190,27 +190,32 @@ def fingerprint(method: MloMae) -> dict[str, str]:
     """A hash of everything a derivative evaluation must leave alone, by its name."""
     found = {"random state": _hash(torch.get_rng_state())}
     for level in (method.pretrain, method.classifier):
-        partition, engine, name = level.level.partition, level.engine, level.name
-        found[f"{name} weights"] = _hash(*partition.weights())
-        shards = partition.shards()
-        entries = [partition.optimizer.state[shard] for shard in shards]
-        memory = [[entry[key].flatten() for entry in entries] for key in ("exp_avg", "exp_avg_sq")]
-        vectors = [[shard.flatten() for shard in shards], *memory]
-        for kind, vector in zip(("master", "exp_avg", "exp_avg_sq"), vectors, strict=True):
-            # By fragments: the padding between them is never initialised.
-            found[f"{name} {kind}"] = _hash(*(view(vector, f) for f in partition.fragments))
-        found[f"{name} adam step"] = repr([float(entry["step"]) for entry in entries])
-        counters = (
-            engine.micro_steps,
-            engine.global_steps,
-            engine.global_samples,
-            engine.skipped_steps,
-            engine._is_gradient_accumulation_boundary,
-            engine.training,
-            level.num_steps,
-            getattr(engine.optimizer, "micro_step_id", None),
-        )
-        found[f"{name} counters"] = repr(counters)
+        found |= fingerprint_of(level.level) | {f"{level.name} steps": repr(level.num_steps)}
+    return found
+
+
+def fingerprint_of(level: Level) -> dict[str, str]:
+    """The same for one level on an engine."""
+    partition, engine, name = level.partition, level.model, level.name
+    found = {f"{name} weights": _hash(*partition.weights())}
+    shards = partition.shards()
+    entries = [partition.optimizer.state[shard] for shard in shards]
+    memory = [[entry[key].flatten() for entry in entries] for key in ("exp_avg", "exp_avg_sq")]
+    vectors = [[shard.flatten() for shard in shards], *memory]
+    for kind, vector in zip(("master", "exp_avg", "exp_avg_sq"), vectors, strict=True):
+        # By fragments: the padding between them is never initialised.
+        found[f"{name} {kind}"] = _hash(*(view(vector, f) for f in partition.fragments))
+    found[f"{name} adam step"] = repr([float(entry["step"]) for entry in entries])
+    counters = (
+        engine.micro_steps,
+        engine.global_steps,
+        engine.global_samples,
+        engine.skipped_steps,
+        engine._is_gradient_accumulation_boundary,
+        engine.training,
+        getattr(engine.optimizer, "micro_step_id", None),
+    )
+    found[f"{name} counters"] = repr(counters)
     return found
 
 

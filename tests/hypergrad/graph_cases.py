@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlomae.hypergrad import Level, Multilevel, Unrolled
+from mlomae.hypergrad import Estimator, Level, Multilevel, Unrolled
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.reference import (
     OptimizerRules,
@@ -18,6 +18,7 @@ from mlomae.hypergrad.reference import (
     hypergradient,
     relative_error,
 )
+from tests.hypergrad.engine_cases import _hash, fingerprint_of
 from tests.hypergrad.problems import PROBLEMS, make_optimizer
 from tests.ranks import ROOT
 
@@ -46,6 +47,7 @@ class Graph:
         num_steps: int = 1,
         num_micro: int = 1,
         max_norm: float = 0.0,
+        estimator: Estimator | None = None,
     ) -> None:
         self.problem = PROBLEMS[problem](torch.float32)
         self.kind = "sgd" if kind == "momentum" else kind
@@ -66,7 +68,8 @@ class Graph:
                 num_steps=1 if is_target else num_steps, settings=spec.settings,
             )  # fmt: skip
             self.levels.append(level)
-        self.multilevel = Multilevel(self.levels, estimator=Unrolled(steps=num_steps))
+        estimator = estimator or Unrolled(steps=num_steps)
+        self.multilevel = Multilevel(self.levels, estimator=estimator)
 
     def _config(self, shipped: str, dtype: str, num_micro: int) -> dict[str, Any]:
         config = json.loads((ROOT / "ds_configs" / f"{shipped}.json").read_text())
@@ -162,6 +165,29 @@ def against_reference(cases: list[dict[str, Any]]) -> list[list[dict[str, float]
     return results
 
 
+def leaves_no_trace(cases: list[dict[str, Any]]) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """State of all levels before and after a hypergradient by each estimator."""
+    results = []
+    for case in cases:
+        graph = Graph(**case, num_steps=2)
+        graph.warm_up()
+        for level in graph.levels[:-1]:
+            graph._step(level)
+        target, batch = graph.levels[-1], graph._mine(graph._batch(), 1)
+        states = []
+        for _ in range(2):
+            state = {"random state": _hash(torch.get_rng_state())}
+            for level in graph.levels[:-1]:
+                state |= fingerprint_of(level)
+            state["upper"] = _hash(*target.partition.weights(), *target.partition.gradient())
+            states.append(state)
+            found = graph.multilevel.hypergradient(target.name, *batch)
+            assert all(bool(v.isfinite().all()) for v in target.named(found.vector).values())
+        results.append(tuple(states))
+        graph.destroy()
+    return results
+
+
 def shard_bytes(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
     """What this rank holds of the recorded steps, of an adjoint and of the weights."""
     results = []
@@ -211,3 +237,8 @@ def cycles_train(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         graph.destroy()
     return results
+
+
+def several(jobs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Several of the functions here, by name: starting processes costs more than most of them."""
+    return {name: globals()[name](cases) for name, cases in jobs.items()}

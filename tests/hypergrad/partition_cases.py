@@ -67,7 +67,9 @@ class Case:
             "steps_per_print": 10**9,
         }
         if case["dtype"] != "fp32":
-            config[case["dtype"]] = {"enabled": True} | case.get("precision", {})
+            config[case["dtype"]] = {"enabled": True}
+        if case["dtype"] == "fp16":
+            config["fp16"] |= {"loss_scale": 128} | case.get("fp16", {})
         for part in case.get("offload", ()):
             config["zero_optimization"][f"offload_{part}"] = OFFLOAD
         return config | case.get("config", {})

@@ -19,6 +19,7 @@ CONFIGS = (
     "zero0_bf16",
     "zero1_bf16",
     "zero2_bf16",
+    "zero2_bf16_cpu_offload",
     "zero3_bf16",
     "zero3_bf16_cpu_offload",
 )

@@ -2,16 +2,23 @@
 
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlomae.hypergrad import ConjugateGradient, FiniteDifference, Neumann, Unrolled
 from tests.hypergrad.brute_force import relative_error
 from tests.ranks import run_ranks
 
 CASES = "tests.hypergrad.graph_cases"
-CONFIGS = ("zero0_bf16", "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_cpu_offload")
+CONFIGS = (
+    "zero0_bf16",
+    "zero1_bf16",
+    "zero2_bf16",
+    "zero2_bf16_cpu_offload",
+    "zero3_bf16",
+    "zero3_bf16_cpu_offload",
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "one step": {"problem": "chain2", "num_steps": 1},
     "two steps": {"problem": "chain3", "num_steps": 2},
@@ -39,17 +46,63 @@ def cases_of(
     }
 
 
+FP32 = cases_of("fp32", SETTINGS)
+BF16 = cases_of("bf16", IN_BF16)
+BYTES = [
+    {"problem": "chain2", "shipped": shipped, "dtype": dtype, "num_steps": 3}
+    for shipped in ("zero1_bf16", "zero2_bf16", "zero3_bf16")
+    for dtype in ("fp32", "bf16")
+]
+TRACES: list[dict[str, Any]] = [
+    {"problem": "chain3", "shipped": shipped, "dtype": dtype, "estimator": Unrolled(2)}
+    for shipped in CONFIGS
+    for dtype in ("fp32", "bf16")
+] + [
+    {"problem": "chain3", "shipped": "zero3_bf16", "dtype": "fp32", "estimator": estimator}
+    for estimator in (
+        Neumann(1, 0.1),
+        ConjugateGradient(1),
+        FiniteDifference(Unrolled(2), relative_step=1e-4),
+    )
+]
+CYCLES = [
+    {"problem": "chain3", "shipped": shipped, "dtype": "fp32", "num_steps": 2}
+    for shipped in CONFIGS
+]
+AT_OTHER_SIZES = list(cases_of("fp32", AT_ANY_SIZE, ("zero2_bf16", "zero3_bf16")).values())
+JOBS = {
+    1: {"against_reference": AT_OTHER_SIZES, "shard_bytes": BYTES},
+    2: {
+        "against_reference": [*FP32.values(), *BF16.values()],
+        "shard_bytes": BYTES,
+        "leaves_no_trace": TRACES,
+        "cycles_train": CYCLES,
+    },
+    4: {"against_reference": AT_OTHER_SIZES, "shard_bytes": BYTES},
+}
+# The first test waits for all processes.
+pytestmark = pytest.mark.timeout(1200)
+
+
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], Any]]:
-    """Every case in one pair of processes, because starting them costs more than running."""
-    found = {}
-    for dtype, settings in (("fp32", SETTINGS), ("bf16", IN_BF16)):
-        cases = cases_of(dtype, settings)
-        folder = tmp_path_factory.mktemp(dtype)
-        ranks = run_ranks(f"{CASES}:against_reference", 2, folder, cases=list(cases.values()))
-        assert ranks[0] == ranks[1]  # the hypergradient is the same on every rank
-        found[dtype] = dict(zip(cases, ranks[0], strict=True))
-    return found
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """Results by number of ranks, then by rank and function."""
+    return {
+        n: run_ranks(
+            f"{CASES}:several", n, tmp_path_factory.mktemp("ranks"), timeout=600, jobs=jobs
+        )
+        for n, jobs in JOBS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def errors(found: dict[int, Any]) -> dict[str, dict[tuple[str, str], Any]]:
+    first, second = (rank["against_reference"] for rank in found[2])
+    assert first == second  # the hypergradient is the same on every rank
+    return {
+        "fp32": dict(zip(FP32, first[: len(FP32)], strict=True)),
+        "bf16": dict(zip(BF16, first[len(FP32) :], strict=True)),
+    }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -66,47 +119,41 @@ def test_bf16_is_close(errors: dict[str, Any], shipped: str, setting: str) -> No
     assert statistics.median(cycle["cosine"] for cycle in cycles) >= 0.999
 
 
-def test_four_ranks_and_one_equal_the_reference_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_other_numbers_of_ranks_equal_the_reference_too(
+    found: dict[int, Any], num_ranks: int
+) -> None:
     # The reference sees the batches of all ranks as one, so N ranks equal one with N times as many.
-    cases = list(cases_of("fp32", AT_ANY_SIZE, ("zero2_bf16", "zero3_bf16")).values())
-    for n in (1, 4):
-        ranks = run_ranks(f"{CASES}:against_reference", n, tmp_path / str(n), cases=cases)
-        for case, cycles in zip(cases, ranks[0], strict=True):
-            assert cycles[0]["error"] <= 1e-5, (n, case)
+    results = found[num_ranks][0]["against_reference"]
+    for case, cycles in zip(AT_OTHER_SIZES, results, strict=True):
+        assert cycles[0]["error"] <= 1e-5, case
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_records_and_vectors_shrink_with_the_ranks(tmp_path: Path, dtype: str) -> None:
-    cases = [
-        {"problem": "chain2", "shipped": shipped, "dtype": dtype, "num_steps": 3}
-        for shipped in ("zero1_bf16", "zero2_bf16", "zero3_bf16")
-    ]
-    found = {
-        n: run_ranks(f"{CASES}:shard_bytes", n, tmp_path / str(n), cases=cases) for n in (1, 2, 4)
-    }
-    for i, case in enumerate(cases):
-        alone = found[1][0][i]
+def test_records_and_vectors_shrink_with_the_ranks(found: dict[int, Any]) -> None:
+    for i, case in enumerate(BYTES):
+        alone = found[1][0]["shard_bytes"][i]
         # Each of 3 steps: weights in compute precision, and gradient and two moments in float32.
-        per_weight = {"fp32": 4, "bf16": 2}[dtype] + 3 * 4
+        per_weight = {"fp32": 4, "bf16": 2}[case["dtype"]] + 3 * 4
         assert alone["num_records"] == 3
         assert alone["records"] == pytest.approx(3 * per_weight * alone["numel"], rel=0.02)
         for n in (2, 4):
             for rank in found[n]:
                 for kind in ("records", "vector"):
                     # Shards are padded, by a few elements of each of these tiny parameters.
-                    assert rank[i][kind] <= 1.15 * alone[kind] / n, (n, case, kind)
+                    assert rank["shard_bytes"][i][kind] <= 1.15 * alone[kind] / n, (n, case, kind)
 
 
-def test_cycles_train_alike_on_every_stage(tmp_path: Path) -> None:
-    cases = [
-        {"problem": "chain3", "shipped": shipped, "dtype": "fp32", "num_steps": 2}
-        for shipped in CONFIGS
-    ]
-    (results, _) = run_ranks(f"{CASES}:cycles_train", 2, tmp_path, cases=cases)
+def test_no_estimator_leaves_a_trace(found: dict[int, Any]) -> None:
+    for rank in found[2]:
+        for case, (before, after) in zip(TRACES, rank["leaves_no_trace"], strict=True):
+            assert after == before, case
+
+
+def test_cycles_train_alike_on_every_stage(found: dict[int, Any]) -> None:
+    results = found[2][0]["cycles_train"]
     first = {name: value.double() for name, value in results[0]["weights"].items()}
-    for case, result in zip(cases, results, strict=True):
+    for case, result in zip(CYCLES, results, strict=True):
         assert result["moved"] > 1e-6, case
-        assert result["losses"] == [
-            pytest.approx(found, rel=1e-4) for found in results[0]["losses"]
-        ]
+        for losses, expected in zip(result["losses"], results[0]["losses"], strict=True):
+            assert losses == pytest.approx(expected, rel=1e-4)
         assert relative_error(result["weights"], first) <= 1e-5, case
