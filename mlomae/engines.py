@@ -143,7 +143,7 @@ def build_level(
         total_steps, warmup_steps: of the schedule.
     """
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=_build_optimizer(module, recipe), config=deepspeed_config
+        model=module, optimizer=build_optimizer(module, recipe), config=deepspeed_config
     )
     level = Level(
         name, engine, loss=loss, lower=lower, upper=upper, num_steps=recipe.steps_per_cycle
@@ -151,7 +151,8 @@ def build_level(
     return TrainingLevel(level, recipe, total_steps, warmup_steps)
 
 
-def _build_optimizer(module: nn.Module, recipe: LevelRecipe) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, recipe: LevelRecipe) -> torch.optim.Optimizer:
+    """PyTorch's optimizer of the recipe, with its groups of weights that decay or do not."""
     if recipe.decay_norm_and_bias:
         groups = [{"params": list(module.parameters()), "weight_decay": recipe.weight_decay}]
     else:

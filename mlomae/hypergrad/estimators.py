@@ -24,6 +24,8 @@ class Estimator(ABC):
     """What all estimators share: how many steps they need, and where they get products from."""
 
     products: Products = TangentProducts()
+    differentiates_step = False  # whether the optimizer's own arithmetic is differentiated
+    reuses_activations = False  # whether a step is differentiated where it was taken
 
     def window(self, level: Level) -> int:
         """Newest steps of the level in a cycle which must be recorded."""
@@ -42,6 +44,13 @@ class Estimator(ABC):
             raise ValueError(
                 f"level {level.name} takes {level.num_steps} steps in a cycle, but {self} asks for "
                 f"{window}; raise its num_steps or lower the steps"
+            )
+        if self.differentiates_step:
+            adjoint_of(level.optimizer)
+        elif level.settings is not None:
+            raise ValueError(
+                f"level {level.name}: {self} does not differentiate settings; use Unrolled, "
+                "Truncated or Sama"
             )
         if isinstance(self.products, TangentProducts):
             _refuse_foreign_kernels(level)
@@ -71,6 +80,8 @@ class Unrolled(Estimator):
         steps: k, or a number for each level by name.
     """
 
+    differentiates_step = True
+    reuses_activations = True
     keeps_hessian = True
 
     def __init__(self, steps: int | Mapping[str, int] = 1) -> None:
@@ -82,10 +93,6 @@ class Unrolled(Estimator):
         if level.name not in self.steps:
             raise ValueError(f"{self}: say how many steps of level {level.name} to unroll")
         return self.steps[level.name]
-
-    def check(self, level: Level) -> None:
-        super().check(level)
-        adjoint_of(level.optimizer)
 
     def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
         records = newest(level, self.window(level))
@@ -151,9 +158,7 @@ class Sama(Identity):
     Source: Choe et al., arXiv 2310.05674.
     """
 
-    def check(self, level: Level) -> None:
-        super().check(level)
-        adjoint_of(level.optimizer)
+    differentiates_step = True
 
     def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
         (record,) = newest(level, 1)
@@ -185,6 +190,8 @@ class Neumann(_Implicit):
     """
 
     def __init__(self, terms: int, step_size: float) -> None:
+        if terms < 0 or not step_size > 0:
+            raise ValueError("Neumann: terms must not be negative, and step_size must be positive")
         self.terms = terms
         self.step_size = step_size
 
@@ -213,6 +220,8 @@ class ConjugateGradient(_Implicit):
     """
 
     def __init__(self, iterations: int, tolerance: float = 1e-10, damping: float = 0.0) -> None:
+        if iterations < 1:
+            raise ValueError("ConjugateGradient: at least one iteration is needed")
         self.iterations = iterations
         self.tolerance = tolerance
         self.damping = damping
@@ -253,12 +262,13 @@ class FiniteDifference(Estimator):
 
     Both sides draw the same random numbers and run on copies of the weights; nothing is restored.
     Where the loss is no `WeightedLoss`, choices inside it (which patches to hide, rectifiers) may
-    switch between the two sides; each switch is a jump divided by twice the step.
+    switch between the two sides; each switch is a jump divided by twice the step. What the loss
+    detaches moves as well.
 
     Cost: two forward passes instead of a tangent pass for a `WeightedLoss`, else two forward
     passes with backward passes to the other levels; two full backward passes for a Hessian product.
-    Needs: a step that the compute precision resolves, so in practice float32 or wider; any
-    attention kernel and ZeRO stage.
+    Needs: a step that the compute precision resolves, so in practice float32 or wider, without
+    autocast inside the loss, which is not noticed; any attention kernel and ZeRO stage.
     Source: Pearlmutter, Neural Computation 6(1), 1994; DARTS, arXiv 1806.09055, with radius 0.01.
 
     Args:

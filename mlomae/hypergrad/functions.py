@@ -28,12 +28,11 @@ Function = Callable[..., Any]
 def differentiable_functions() -> Iterator[None]:
     """Dual tensors get right tangents here, and these tangents right gradients.
 
-    Calls without dual tensors run as they are. Backpropagate here too, or after the dual level has
-    ended: elsewhere in the level torch pushes tangents through the backward pass as well, in vain,
-    and raises where a backward function has no forward rule.
+    Calls without dual tensors run as they are. Backpropagate here, or after the dual level has
+    ended: elsewhere in the level torch pushes tangents through the backward pass, in vain, and
+    raises where a backward function has no forward rule.
     """
-    # ZeRO-3 replaces this attribute for the whole process by a custom autograd function, which has
-    # no forward rule and which no mode sees.
+    # ZeRO-3 puts an autograd function there for all the process, which has no forward rule.
     linear = F.linear
     F.linear = torch._C._nn.linear
     try:
@@ -47,7 +46,7 @@ def explain(error: BaseException) -> str | None:
     """The sentence about the function whose derivative torch misses; None for other errors."""
     message = str(error)
     if isinstance(error, CheckpointError):
-        return "activation checkpointing has no tangent: switch it off in this model"
+        return "activation checkpointing has no tangent: switch it off for this model"
     if "implement the jvp function for custom autograd.Function" in message:
         frames = [frame.f_locals.get("cls") for frame, _ in traceback.walk_tb(error.__traceback__)]
         name = next((cls.__name__ for cls in frames if isinstance(cls, type)), "a custom function")
@@ -60,13 +59,11 @@ def explain(error: BaseException) -> str | None:
 
 
 class _Rules(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, entered: frozenset[Function] = frozenset()) -> None:
         super().__init__()
-        self._entered: set[Function] = set()
+        self._entered = entered
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.autograd.grad, Tensor.backward):
             return _backward(func, *args, **kwargs)
@@ -78,12 +75,8 @@ class _Rules(TorchFunctionMode):
         if rule:
             return rule(*args, **kwargs)
         # A function written in Python: the functions that it calls have to come by here too.
-        self._entered.add(func)
-        try:
-            with self:
-                return _without_dispatch(func)(*args, **kwargs)
-        finally:
-            self._entered.remove(func)
+        with _Rules(self._entered | {func}):
+            return _without_dispatch(func)(*args, **kwargs)
 
 
 def _without_dispatch(func: Any) -> Function:
@@ -107,14 +100,11 @@ def _unpack(argument: Any) -> tuple[Any, Any]:
     """Value and tangent; anything but a dual tensor is a value without tangent."""
     if not isinstance(argument, Tensor):
         return argument, None
-    dual = forward_ad.unpack_dual(argument)  # type: ignore[no-untyped-call]
-    return dual.primal, dual.tangent
+    return forward_ad.unpack_dual(argument)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _join(value: Tensor, tangent: Tensor) -> Tensor:
-    tangent = tangent.to(value.dtype)
-    dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
-    return dual
+    return forward_ad.make_dual(value, tangent.to(value.dtype))  # type: ignore
 
 
 def _is_recorded(*arguments: Any) -> bool:
@@ -182,8 +172,7 @@ def _scale(value: Tensor, normed: Tensor, w: Tensor | None, b: Tensor | None) ->
 
 def _softmax(input: Tensor, dim: int, dtype: Any = None, func: Function = torch.softmax) -> Tensor:
     x, x_t = _unpack(input)
-    value = func(x, dim, dtype)
-    y = _wide(value)
+    y = _wide(value := func(x, dim, dtype))
     return value if x_t is None else _join(value, y * (x_t - (y * x_t).sum(dim, keepdim=True)))
 
 
@@ -205,14 +194,15 @@ def _attention(
     with torch.autocast(device, enabled=False):
         query, key, value = (_wide(tensor.to(dtype)) for tensor in (query, key, value))
         if enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+            key, value = (
+                t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value)
+            )
         scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
         if is_causal:
             attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
         if attn_mask is not None:
-            masked = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask
+            is_bool = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
         func = torch.softmax if attn_mask is None else torch._safe_softmax  # rows without any key
         weights = F.dropout(_softmax(scores, -1, func=func), dropout_p)
         return (weights @ value).to(dtype)
@@ -224,8 +214,8 @@ def _embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *args: An
         raise RuntimeError("embedding: scale_grad_by_freq=True has no tangent; switch it off")
     w, w_t = _unpack(weight)
     value = torch.embedding(w, indices, padding_idx, *args)
-    padding = (indices == padding_idx).unsqueeze(-1)
-    return _join(value, torch.embedding(w_t, indices).masked_fill(padding, 0.0))
+    is_padding = (indices == padding_idx).unsqueeze(-1)
+    return _join(value, torch.embedding(w_t, indices).masked_fill(is_padding, 0.0))
 
 
 def _transposed(func: Function) -> Function:
@@ -233,12 +223,16 @@ def _transposed(func: Function) -> Function:
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         keep = (lambda t: t) if _is_recorded(*args, *kwargs.values()) else Tensor.detach
+        pairs = [_unpack(argument) for argument in (*args, *kwargs.values())]
         with torch.enable_grad():
-            values, tangents = zip(*map(_leaf, (*args, *kwargs.values())), strict=True)
+            values = [
+                v if t is None else v.view_as(v) if v.requires_grad else v.detach().requires_grad_()
+                for v, t in pairs
+            ]
+            inputs = {v: t for v, (_, t) in zip(values, pairs, strict=True) if t is not None}
             rest = dict(zip(kwargs, values[len(args) :], strict=True))
             result = func(*values[: len(args)], **rest)
             outputs = [result] if isinstance(result, Tensor) else list(result)
-            inputs = {v: t for v, t in zip(values, tangents, strict=True) if t is not None}
             pushed = _push(outputs, inputs)
         duals = [o if t is None else _join(keep(o), keep(t)) for o, t in pushed]
         return duals[0] if isinstance(result, Tensor) else type(result)(duals)
@@ -246,27 +240,21 @@ def _transposed(func: Function) -> Function:
     return rule
 
 
-def _leaf(argument: Any) -> tuple[Any, Tensor | None]:
-    """An argument's value, to be differentiated by, and its tangent; None without tangent."""
-    value, tangent = _unpack(argument)
-    if tangent is None:
-        return value, None
-    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_(), tangent
-
-
 def _push(outputs: list[Tensor], inputs: dict[Tensor, Tensor]) -> list[tuple[Tensor, Any]]:
     """Each output and its tangent; no tangent for indices and the like."""
     smooth = [output for output in outputs if output.requires_grad]
-    up = [torch.zeros_like(output, requires_grad=True) for output in smooth]
+    up = [torch.ones_like(output, requires_grad=True) for output in smooth]  # any would do
     options = {"create_graph": True, "materialize_grads": True}
     down = torch.autograd.grad(smooth, list(inputs), up, **options)
     pushed = iter(torch.autograd.grad(down, up, list(inputs.values()), **options))
     return [(output, next(pushed) if output.requires_grad else None) for output in outputs]
 
 
-def _refused(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("native_layer_norm and native_batch_norm have no exact second derivative "
-                       "here: use layer_norm and batch_norm of torch.nn.functional")  # fmt: skip
+def _refused(name: str) -> Function:
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{name} has no exact tangent: the model has to do without")
+
+    return rule
 
 
 def _variants(name: str) -> Iterator[Function]:
@@ -274,8 +262,8 @@ def _variants(name: str) -> Iterator[Function]:
     places = [torch._C._VariableFunctions, Tensor, torch._C._nn]
     places += [torch._C._linalg, torch._C._special]  # type: ignore[attr-defined]
     for full in (name, f"linalg_{name}", f"special_{name}"):
-        found = [getattr(place, full) for place in places if hasattr(place, full)]
-        yield from (func for func in found if type(func) is not FunctionType)
+        found = (getattr(place, full, None) for place in places)
+        yield from (func for func in found if func and type(func) is not FunctionType)
         if packet := getattr(torch.ops.aten, full, None):
             yield from (packet, *(getattr(packet, overload) for overload in packet.overloads()))
 
@@ -291,16 +279,15 @@ _BY_HAND: dict[str, Function] = {
     "embedding": _embedding,
     "hardsigmoid": lambda input: F.relu6(input + 3) / 6,
     "_weight_norm": lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim)),
-    "cdist": _transposed(
-        lambda a, b, p=2.0, *_: torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
-    ),
-    "native_layer_norm": _refused,
-    "native_batch_norm": _refused,
+    "cdist": _transposed(lambda a, b, p=2.0, *_: (a.unsqueeze(-2) - b.unsqueeze(-3)).norm(p, -1)),
+    "native_layer_norm": _refused("native_layer_norm, unlike layer_norm,"),
+    "native_batch_norm": _refused("native_batch_norm, unlike batch_norm,"),
 }
 _TRANSPOSED = """
-    _softmax _log_softmax _safe_softmax logsumexp logcumsumexp cross_entropy_loss glu
+    _softmax _log_softmax _safe_softmax logsumexp cross_entropy_loss glu
     norm vector_norm matrix_norm det logdet slogdet solve solve_ex tensorsolve householder_product
     grid_sampler grid_sampler_2d grid_sampler_3d cholesky_inverse scatter_reduce index_reduce
 """
 _RULES = {func: rule for name, rule in _BY_HAND.items() for func in _variants(name)}
 _RULES |= {func: _transposed(func) for name in _TRANSPOSED.split() for func in _variants(name)}
+_RULES[Tensor.register_hook] = _refused("a tensor's register_hook")

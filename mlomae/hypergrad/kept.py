@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mlomae.hypergrad.randomness import RandomState
-from mlomae.hypergrad.twin import GradientSink, Weights, fetched_again
+from mlomae.hypergrad.twin import GradientSink, Twin, Weights, fetched_again
 
 
 class _LaterSink:
@@ -47,20 +47,22 @@ class KeptCalls:
     def __init__(self) -> None:
         self._calls: dict[str, list[_Call | None]] = {}
         self._sinks: dict[str, _LaterSink] = {}
+        self._twins: dict[str, tuple[Twin, Weights, list[bool]]] = {}
 
     def sink(self, name: str) -> Any:
         """Takes gradients of a level's weights once the sweep has said where they go."""
         return self._sinks.setdefault(name, _LaterSink())
 
     def recording(
-        self, name: str, model: Callable[..., Any], weights: Weights, device: torch.device
+        self, name: str, twin: Twin, weights: Weights, device: torch.device
     ) -> Callable[..., Any]:
-        """A level's model whose calls are kept; what it returns carries no graph."""
+        """A level's bound twin whose calls are kept; what it returns carries no graph."""
         calls = self._calls.setdefault(name, [])
+        self._twins[name] = twin, weights, twin.modes()
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with torch.enable_grad(), fetched_again([weights]):
-                outputs = model(*args, **kwargs)
+                outputs = twin.root(*args, **kwargs)
             # What was computed from the level's own weights is computed again in the sweep.
             is_constant = not any(_requires_grad(t) for t in tree_flatten((args, kwargs))[0])
             calls.append(_Call(outputs, device) if is_constant else None)
@@ -88,7 +90,9 @@ class KeptCalls:
             pairs = [pair for call in calls if call is not None for pair in call.pairs]
             reached = [pair for pair in pairs if pair[1].grad is not None]
             outputs = [output for output, _ in reached]
-            torch.autograd.backward(outputs, [leaf.grad for _, leaf in reached])
+            twin, weights, modes = self._twins[name]
+            with twin.bound(weights, modes):  # activation checkpointing runs it once more
+                torch.autograd.backward(outputs, [leaf.grad for _, leaf in reached])
 
 
 def _requires_grad(value: Any) -> bool:

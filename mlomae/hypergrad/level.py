@@ -154,7 +154,7 @@ class Level:
                 models[name] = stack.enter_context(other.twin.bound(weights))
                 if kept is not None and keeps:
                     device = other.partition.device
-                    models[name] = kept.recording(name, models[name], weights, device)
+                    models[name] = kept.recording(name, other.twin, weights, device)
             yield models
 
     def evaluate(self, models: Models, micro_batch: MicroBatch) -> Tensor:

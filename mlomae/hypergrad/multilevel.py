@@ -168,7 +168,7 @@ class Multilevel:
                 )
             self.estimator.check(level)
             level.window = self.estimator.window(level)
-            if self._keep_activations:
+            if self._keep_activations and self.estimator.reuses_activations:
                 level.keeps = tuple(n for n in level.lower if n in between)
             level.records = deque(maxlen=level.window)
 

@@ -176,29 +176,31 @@ class Partition(ABC):
         return tensor
 
     def gather(self, names: Sequence[str], *vectors: Vector) -> list[dict[str, Tensor]]:
-        """Whole parameters out of sharded vectors, with one collective. All ranks must call.
+        """Whole parameters out of sharded vectors. All ranks must call.
+
+        One collective for each vector. Each gets memory of its own, all laid out alike: a tangent
+        joins its value without a copy only if it lies in its storage as the value does.
 
         Args:
             names: parameters to assemble.
-            vectors: vectors of one dtype.
+            vectors: vectors in weight space.
 
         Returns:
             For each vector, a tensor of the parameter's shape by name.
         """
         sizes = [self.shapes[name].numel() for name in names]
         offsets = dict(zip(names, running_sum(sizes), strict=True))
-        dtype = vectors[0][0].dtype
-        buffer = torch.zeros(len(vectors), sum(sizes), dtype=dtype, device=self.device)
-        for row, vector in zip(buffer, vectors, strict=True):
+        wholes = []
+        for vector in vectors:
+            flat = torch.zeros(sum(sizes), dtype=vector[0].dtype, device=self.device)
             for fragment in self.fragments:
                 if fragment.name in offsets:
                     start = offsets[fragment.name] + fragment.param_start
-                    row[start : start + fragment.numel].copy_(view(vector, fragment))
-        if self.is_sharded:
-            dist.all_reduce(buffer)  # fragments do not overlap, so this sum is exact
-        return [
-            {name: alias(row, offsets[name], self.shapes[name]) for name in names} for row in buffer
-        ]
+                    flat[start : start + fragment.numel].copy_(view(vector, fragment))
+            if self.is_sharded:
+                dist.all_reduce(flat)  # fragments do not overlap, so this sum is exact
+            wholes.append({name: alias(flat, offsets[name], self.shapes[name]) for name in names})
+        return wholes
 
     def _sum_over_ranks(self, value: Tensor) -> float:
         value = value.to(self.device)  # shards may be offloaded, where collectives cannot reach

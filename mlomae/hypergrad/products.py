@@ -7,7 +7,7 @@ and (d2L / dw2) c when asked for.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -73,16 +73,20 @@ class TangentProducts:
     ) -> Vector:
         own = GradientSink(level.partition) if hessian else None
         scale, tangents = _scaled(level, direction)
+        # Gathered like the tangents, for live weights lie in memory in other ways.
+        values = level.partition.weights() if weights is None else weights
         is_table = _is_table(level, sinks, own)
         for micro_batch in micro_batches:
             # The calls below were kept at the recorded weights, and serve one sweep.
             is_kept = weights is not None and all(name in sinks for name in level.keeps)
             kept = micro_batch.kept if is_kept else None
-            with _explained(level):
-                with _running(level, weights, tangents, sinks, own, micro_batch) as models:
-                    if kept is not None:
-                        models |= {n: kept.replaying(n, models[n]) for n in level.keeps}
-                    value = _derivative(level, models, micro_batch, is_table)
+            with (
+                _explained(level),
+                _running(level, values, tangents, sinks, own, micro_batch) as models,
+            ):
+                if kept is not None:
+                    models |= {n: kept.replaying(n, models[n]) for n in level.keeps}
+                value = _derivative(level, models, micro_batch, is_table)
                 # Outside the dual level, or the backward pass would carry tangents as well.
                 _backward(value * (scale / len(micro_batches)))
             if kept is not None:
@@ -119,10 +123,8 @@ class DifferenceProducts:
         own = GradientSink(level.partition) if hessian else None
         partition = level.partition
         norm = math.sqrt(partition.dot(direction, direction))
-        if norm == 0:
-            return partition.zeros() if hessian else []
         base = partition.weights() if weights is None else weights
-        eps = self.distance(level, base) / norm
+        eps = self.distance(level, base) / (norm or 1.0)
         for micro_batch in micro_batches:
             self._one(level, base, direction, eps, sinks, own, micro_batch, len(micro_batches))
         return own.take() if own else []
@@ -133,18 +135,22 @@ class DifferenceProducts:
         Raises:
             ValueError: so little that the compute precision does not hold the moved weights.
         """
-        dtype = level.dtype
         norm = math.sqrt(level.partition.dot(weights, weights))
-        relative = self._relative_step or (self._radius or 0.0) / norm
-        resolution = torch.finfo(dtype).eps
-        if relative < resolution:
+        distance = self._radius or (self._relative_step or 0.0) * norm
+        if not distance:
+            raise ValueError(
+                f"level {level.name}: its weights are all zero, and so is a step relative to their "
+                "norm; give radius instead of relative_step"
+            )
+        resolution = torch.finfo(level.dtype).eps
+        if distance < resolution * norm:
             raise ValueError(
                 f"level {level.name}: a finite difference that moves the weights by "
-                f"{relative:.1e} of their norm is below the resolution {resolution:.1e} of "
-                f"{str(dtype).removeprefix('torch.')}; compute in float32, take a larger step, or "
-                "use an estimator without FiniteDifference"
+                f"{distance / norm:.1e} of their norm is below the resolution {resolution:.1e} of "
+                f"{str(level.dtype).removeprefix('torch.')}; compute in float32, take a larger "
+                "step, or use an estimator without FiniteDifference"
             )
-        return relative * norm
+        return distance
 
     def _one(
         self,
@@ -157,7 +163,7 @@ class DifferenceProducts:
         micro_batch: MicroBatch,
         num: int,
     ) -> None:
-        tables = []
+        table: Any = 0.0
         is_table = _is_table(level, sinks, own)
         for sign in (1.0, -1.0):
             moved = [
@@ -166,14 +172,12 @@ class DifferenceProducts:
             factor = sign / (2 * eps * num)
             with _running(level, moved, None, sinks, own, micro_batch) as models:
                 if is_table:
-                    tables.append(_losses(level, models, micro_batch) * factor)
-                    continue
-                loss = _reweighted(level, models, micro_batch)
-            _backward(loss * factor)
+                    losses, factors = _table(level, models, micro_batch)
+                    table = table + losses * factor
+                else:
+                    _backward(_reweighted(level, models, micro_batch) * factor)
         if is_table:
-            with _running(level, base, None, sinks, None, micro_batch) as models:
-                weights = level.loss.weights(models, micro_batch.frozen)  # type: ignore[union-attr]
-            _backward((weights * (tables[0] + tables[1])).sum())
+            _backward((factors * table).sum())
 
 
 def _scaled(level: Level, direction: Vector) -> tuple[float, Vector]:
@@ -198,17 +202,19 @@ def _derivative(level: Level, models: Models, micro_batch: MicroBatch, is_table:
         if not isinstance(level.loss, WeightedLoss):
             return _tangent(level.evaluate(models, micro_batch))
         frozen = micro_batch.frozen
-        with torch.no_grad() if is_table else nullcontext():
-            losses, _ = level.loss.losses(models, micro_batch.batch, frozen)
-            derivatives = _tangent(losses)
+        losses, _ = level.loss.losses(models, micro_batch.batch, frozen)
+        derivatives = _tangent(losses)
+    if is_table:  # autograd recorded nothing: no weight that the losses read has a sink
+        derivatives = derivatives.detach()
     return (level.loss.weights(models, frozen) * derivatives).sum()
 
 
-@torch.no_grad()
-def _losses(level: Level, models: Models, micro_batch: MicroBatch) -> Tensor:
+def _table(level: Level, models: Models, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Losses as plain numbers, and their weights, which draw random numbers after them."""
     assert isinstance(level.loss, WeightedLoss)
-    losses, _ = level.loss.losses(models, micro_batch.batch, micro_batch.frozen)
-    return losses
+    with torch.no_grad():
+        losses, _ = level.loss.losses(models, micro_batch.batch, micro_batch.frozen)
+    return losses, level.loss.weights(models, micro_batch.frozen)
 
 
 def _reweighted(level: Level, models: Models, micro_batch: MicroBatch) -> Tensor:

@@ -292,7 +292,8 @@ def _pack(tensor: Tensor, sources: Sequence[Weights]) -> Any:
         found = source.locate(tensor)
         if found is not None:
             return *found, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-    return tensor
+    # Not itself: an output which its own node saves would keep both alive for ever.
+    return tensor.detach()
 
 
 def _unpack(packed: Any) -> Tensor:

@@ -67,23 +67,36 @@ def test_path_through_the_head_matters() -> None:
     assert relative_error(without, with_head) > 0.05
 
 
+@pytest.mark.parametrize("keep_activations", [True, False])
+def test_activation_checkpointing_changes_nothing(keep_activations: bool) -> None:
+    value, reference = hypergradient_of(
+        "adamw", 3, checkpointing=True, keep_activations=keep_activations
+    )
+    assert relative_error(value, reference) <= 1e-10
+
+
 def hypergradient_error(kind: str, warm_steps: int) -> float:
     value, reference = hypergradient_of(kind, warm_steps)
     return relative_error(value, reference)
 
 
 def hypergradient_of(
-    kind: str, warm_steps: int, classifier_lr: float = 0.5
+    kind: str,
+    warm_steps: int,
+    classifier_lr: float = 0.5,
+    checkpointing: bool = False,
+    keep_activations: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The engine's hypergradient of one cycle, and the reference's."""
     models = [module.double() for module in tiny_models()]
+    models[0].activation_checkpointing = checkpointing
     lrs = (1e-2, classifier_lr if kind != "adamw" else classifier_lr / 10, 1e-3)
     coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": WeightedReconstruction()}}
     levels = [
         PlainLevel(Level(name, module, make_optimizer(kind, module, lr), **coupling[name]))
         for name, module, lr in zip(LEVELS, models, lrs, strict=True)
     ]
-    method = MloMae(*levels, estimator=Unrolled(steps=1))
+    method = MloMae(*levels, estimator=Unrolled(steps=1), keep_activations=keep_activations)
     generator = torch.Generator().manual_seed(1)
 
     def images(n: int) -> Tensor:
@@ -100,6 +113,7 @@ def hypergradient_of(
     batches = [images(6)], (images(6), labels(6)), (images(4), labels(4))
     states = [of_optimizer(lv.level.optimizer, lv.level.model) for lv in levels[:2]]
     problem = MloMaeProblem(*(copy.deepcopy(m) for m in models), *states, *batches)
+    problem.mae.activation_checkpointing = False
     reference = problem.hypergradient()
 
     method.pretrain_step(batches[0])
