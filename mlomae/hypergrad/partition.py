@@ -176,10 +176,10 @@ class Partition(ABC):
         return tensor
 
     def gather(self, names: Sequence[str], *vectors: Vector) -> list[dict[str, Tensor]]:
-        """Whole parameters out of sharded vectors. All ranks must call.
+        """Whole parameters out of vectors, in their memory where they are whole. All ranks call.
 
-        One collective for each vector. Each gets memory of its own, all laid out alike: a tangent
-        joins its value without a copy only if it lies in its storage as the value does.
+        Sharded ones take one collective for each vector. Each vector gets memory of its own, all
+        laid out alike: a tangent joins its value without a copy only if both lie alike in theirs.
 
         Args:
             names: parameters to assemble.
@@ -188,6 +188,12 @@ class Partition(ABC):
         Returns:
             For each vector, a tensor of the parameter's shape by name.
         """
+        if not self.is_sharded:  # nothing to assemble
+            own = {f.name: f for f in self.fragments if f.name in names}
+            return [
+                {name: alias(view(vector, own[name]), 0, self.shapes[name]) for name in names}
+                for vector in vectors
+            ]
         sizes = [self.shapes[name].numel() for name in names]
         offsets = dict(zip(names, running_sum(sizes), strict=True))
         wholes = []
@@ -197,8 +203,7 @@ class Partition(ABC):
                 if fragment.name in offsets:
                     start = offsets[fragment.name] + fragment.param_start
                     flat[start : start + fragment.numel].copy_(view(vector, fragment))
-            if self.is_sharded:
-                dist.all_reduce(flat)  # fragments do not overlap, so this sum is exact
+            dist.all_reduce(flat)  # fragments do not overlap, so this sum is exact
             wholes.append({name: alias(flat, offsets[name], self.shapes[name]) for name in names})
         return wholes
 

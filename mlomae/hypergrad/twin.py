@@ -29,7 +29,7 @@ class GradientSink:
 
     def __init__(self, partition: Partition) -> None:
         self._partition = partition
-        self._vector = partition.zeros()
+        self._vector: Vector = []  # made when there is something to add
         self._waiting: dict[str, Tensor] = {}
         self._numel = 0
         self.is_reached = False
@@ -49,10 +49,11 @@ class GradientSink:
         """The sum of all that was added, handed over. All ranks must call."""
         self._flush()
         vector, self._vector = self._vector, []
-        return vector
+        return vector or self._partition.zeros()
 
     def _flush(self) -> None:
         if self._waiting:
+            self._vector = self._vector or self._partition.zeros()
             self._partition.add_gradients(self._waiting, self._vector)
         self._waiting, self._numel = {}, 0
 
