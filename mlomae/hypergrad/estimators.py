@@ -25,7 +25,7 @@ class Estimator(ABC):
 
     products: Products = TangentProducts()
     differentiates_step = False  # whether the optimizer's own arithmetic is differentiated
-    reuses_activations = False  # whether a step is differentiated where it was taken
+    reuses_activations = True  # of the levels below, which a step has kept
 
     def window(self, level: Level) -> int:
         """Newest steps of the level in a cycle which must be recorded."""
@@ -81,7 +81,6 @@ class Unrolled(Estimator):
     """
 
     differentiates_step = True
-    reuses_activations = True
     keeps_hessian = True
 
     def __init__(self, steps: int | Mapping[str, int] = 1) -> None:
@@ -277,6 +276,8 @@ class FiniteDifference(Estimator):
         radius: how far, absolutely; give this or `relative_step`.
     """
 
+    reuses_activations = False
+
     def __init__(
         self,
         estimator: Estimator,
@@ -284,6 +285,8 @@ class FiniteDifference(Estimator):
         relative_step: float | None = None,
         radius: float | None = None,
     ) -> None:
+        if isinstance(estimator, FiniteDifference):
+            raise ValueError("FiniteDifference: give it an estimator with exact products")
         if (relative_step is None) == (radius is None):
             raise ValueError("FiniteDifference: give either relative_step or radius")
         if not (relative_step or radius or 0) > 0:

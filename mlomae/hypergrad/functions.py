@@ -28,10 +28,13 @@ Function = Callable[..., Any]
 def differentiable_functions() -> Iterator[None]:
     """Dual tensors get right tangents here, and these tangents right gradients.
 
-    Calls without dual tensors run as they are. Backpropagate here, or after the dual level has
+    Calls without dual tensors run as they are. `torch.no_grad()` stops tangents as it stops
+    gradients, so enter with gradients enabled. Backpropagate here, or after the dual level has
     ended: elsewhere in the level torch pushes tangents through the backward pass, in vain, and
     raises where a backward function has no forward rule.
     """
+    if not torch.is_grad_enabled():
+        raise RuntimeError("tangents stop at no_grad() as gradients do: enable gradients here")
     # ZeRO-3 puts an autograd function there for all the process, which has no forward rule.
     linear = F.linear
     F.linear = torch._C._nn.linear
@@ -65,6 +68,9 @@ class _Rules(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:  # by no_grad() in a model: forward mode overlooks it
+            func(*args)
+            return torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
         if func in (torch.autograd.grad, Tensor.backward):
             return _backward(func, *args, **kwargs)
         rule = _RULES.get(func)

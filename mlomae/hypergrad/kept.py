@@ -19,10 +19,11 @@ from mlomae.hypergrad.twin import GradientSink, Twin, Weights, fetched_again
 class _LaterSink:
     """Passes gradients on to a sink that is known only when the sweep comes."""
 
-    target: GradientSink
+    target: GradientSink | None = None
 
     def add(self, name: str, grad: Tensor) -> None:
-        self.target.add(name, grad)
+        if self.target is not None:  # in the step itself these weights are constants
+            self.target.add(name, grad)
 
 
 class _Call:
@@ -38,7 +39,7 @@ class _Call:
             return output
         leaf = output.detach().requires_grad_()
         self.pairs.append((output, leaf))
-        return leaf
+        return leaf.clone()  # for it may be written into
 
 
 class KeptCalls:
@@ -61,12 +62,14 @@ class KeptCalls:
         self._twins[name] = twin, weights, twin.modes()
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.enable_grad(), fetched_again([weights]):
+            with fetched_again([weights]):
                 outputs = twin.root(*args, **kwargs)
-            # What was computed from the level's own weights is computed again in the sweep.
+            # What was computed from the level's own weights, or from what another call gave, is
+            # computed again in the sweep, and so is what has no gradient.
             is_constant = not any(_requires_grad(t) for t in tree_flatten((args, kwargs))[0])
-            calls.append(_Call(outputs, device) if is_constant else None)
-            return tree_map_only(Tensor, torch.detach, outputs) if is_constant else outputs
+            is_kept = is_constant and torch.is_grad_enabled()
+            calls.append(_Call(outputs, device) if is_kept else None)
+            return tree_map_only(Tensor, _marked, outputs) if is_kept else outputs
 
         return call
 
@@ -93,6 +96,11 @@ class KeptCalls:
             twin, weights, modes = self._twins[name]
             with twin.bound(weights, modes):  # activation checkpointing runs it once more
                 torch.autograd.backward(outputs, [leaf.grad for _, leaf in reached])
+
+
+def _marked(output: Tensor) -> Tensor:
+    """A copy without its graph, in whose results it shows that they depend on it."""
+    return output.detach().requires_grad_().clone() if output.requires_grad else output
 
 
 def _requires_grad(value: Any) -> bool:

@@ -68,7 +68,9 @@ class Level:
         if self.is_engine and max_norm:
             raise ValueError(f"level {name}: set max_norm as gradient_clipping of its engine")
         self.twin = Twin(model.module if self.is_engine else model)
-        self.dtype = next(iter(self.partition.params.values())).dtype  # of compute
+        self.dtype = self.partition.dtype  # of compute
+        if len({param.dtype for param in self.partition.params.values()}) > 1:
+            raise ValueError(f"level {name}: its weights have several dtypes; bring them to one")
         self.others: dict[str, Level] = {}  # those of `lower` and `upper`, set by `Multilevel`
         self.window = 0  # newest steps of a cycle to record, set by `Multilevel`
         self.keeps: tuple[str, ...] = ()  # levels whose calls are kept, set by `Multilevel`

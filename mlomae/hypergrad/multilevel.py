@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mlomae.hypergrad.estimators import Estimator, Unrolled
 from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.losses import WeightedLoss
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.products import running
 from mlomae.hypergrad.randomness import restored
@@ -83,12 +84,17 @@ class Multilevel:
 
         Raises:
             RuntimeError: a level below has taken too few steps in this cycle.
-            ValueError: a loss is no scalar, or no loss below calls the upper level's model.
+            ValueError: there is no such upper level or no micro-batch, a loss is no scalar, or no
+                loss below calls the upper level's model.
         """
+        if upper not in self.uppers:
+            raise ValueError(f"{upper!r} is no upper level; there are {', '.join(self.uppers)}")
+        if not micro_batches:
+            raise ValueError(f"level {upper} needs at least one micro-batch for its hypergradient")
         target = self.levels[upper]
         below = self._between(upper)
         sinks = {name: GradientSink(self.levels[name].partition) for name in (*below, upper)}
-        with restored(target.partition.device):
+        with restored(target.partition.device), torch.enable_grad():
             losses = [
                 self._top(target, batch, len(micro_batches), sinks) for batch in micro_batches
             ]
@@ -168,8 +174,10 @@ class Multilevel:
                 )
             self.estimator.check(level)
             level.window = self.estimator.window(level)
-            if self._keep_activations and self.estimator.reuses_activations:
-                level.keeps = tuple(n for n in level.lower if n in between)
+            keeps = self._keep_activations and self.estimator.reuses_activations
+            # Given what it froze, a `WeightedLoss` may make other calls than in its step.
+            keeps = keeps and not isinstance(level.loss, WeightedLoss)
+            level.keeps = tuple(n for n in level.lower if keeps and n in between)
             level.records = deque(maxlen=level.window)
 
     def _next(self, level: Level, batches: Mapping[str, Iterator[object]]) -> list[object]:

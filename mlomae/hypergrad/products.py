@@ -77,8 +77,8 @@ class TangentProducts:
         values = level.partition.weights() if weights is None else weights
         is_table = _is_table(level, sinks, own)
         for micro_batch in micro_batches:
-            # The calls below were kept at the recorded weights, and serve one sweep.
-            is_kept = weights is not None and all(name in sinks for name in level.keeps)
+            # What the step called below depends on no weight of its own level; it serves one sweep.
+            is_kept = all(name in sinks for name in level.keeps)
             kept = micro_batch.kept if is_kept else None
             with (
                 _explained(level),

@@ -97,7 +97,12 @@ def _noted_gradients(
         # ZeRO-1 and 2 step one group at a time and show no other, ZeRO-3 one sub-group, which it
         # puts into its group for the while.
         for i, group in enumerate(optimizer.param_groups):
-            settings = {k: v for k, v in group.items() if k != "params"}
+            settings = {
+                # A rate may be a tensor, which its schedule fills anew.
+                k: v.item() if isinstance(v, Tensor) else v
+                for k, v in group.items()
+                if k != "params"
+            }
             for shard in group["params"]:
                 if shard.grad is not None:
                     grad = shard.grad.detach().flatten()
