@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from mlomae.errors import UserError
+from mlomae.estimators import build_estimator
 from mlomae.recipe import (
     RESULT_NEUTRAL_KEYS,
     Recipe,
@@ -133,6 +134,24 @@ REFUSED = {
     "no rate": (["mask.lr=null"], "mask.lr", "missing", "give lr or base_lr"),
     "bad base_lr": (["mask.lr=null", "mask.base_lr=x"], "mask.base_lr", '"x"', "valid number"),
     "min_lr": (["mask.min_lr=1"], "mask.min_lr", "1", "lower it"),
+    "unroll beyond the cycle": (
+        ["hypergradient.pretrain_steps=9"],
+        "hypergradient.pretrain_steps is 9",
+        "pretrain.steps_per_cycle is 2",
+        "lower the one",
+    ),
+    "estimator": (["hypergradient.estimator=exact"], "estimator", '"exact"', "'unrolled'"),
+    "terms without Neumann": (["hypergradient.terms=5"], "terms is set", "choose neumann"),
+    "steps without unrolling": (
+        ["hypergradient.estimator=identity", "hypergradient.pretrain_steps=2"],
+        "pretrain_steps is set",
+        "identity has no such key",
+    ),
+    "two differences": (
+        ["hypergradient.radius=0.01", "hypergradient.relative_step=1e-4"],
+        "radius",
+        "remove one of the two",
+    ),
     "no value": (["seed"], "seed", "key.subkey=value"),
     "no YAML": (["data.mean=[1"], "data.mean=[1", "mend"),
 }
@@ -231,3 +250,30 @@ def test_differing_keys_skips_what_must_not_change_results():
     keys = differing_keys(recipe, load_recipe(QUICKSTART, changed))
     assert sorted(keys) == sorted(text.partition("=")[0] for text in changed)
     assert all(hasattr(recipe, key.split(".")[0]) for key in RESULT_NEUTRAL_KEYS)
+
+
+ESTIMATORS = {
+    "Unrolled(steps={'pretrain': 2, 'classifier': 1})": ["hypergradient.pretrain_steps=2"],
+    "Truncated(steps={'pretrain': 1, 'classifier': 1})": ["hypergradient.estimator=truncated"],
+    "Sama()": ["hypergradient.estimator=sama"],
+    "Neumann(terms=5, step_size=0.1)": ["hypergradient.estimator=neumann", "hypergradient.terms=5"],
+    "ConjugateGradient(iterations=5, tolerance=1e-06, damping=0.5)": [
+        "hypergradient.estimator=conjugate_gradient",
+        "hypergradient.damping=0.5",
+    ],
+    "FiniteDifference(estimator=Identity(), radius=0.01)": [
+        "hypergradient.estimator=identity",
+        "hypergradient.radius=0.01",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_estimator_is_what_the_recipe_asks_for(name):
+    recipe = load_recipe(QUICKSTART, ESTIMATORS[name])
+    assert str(build_estimator(recipe.hypergradient)) == name
+
+
+def test_mae_has_no_hypergradient():
+    sentence = refusal("quickstart_mae", "hypergradient.estimator=sama")
+    assert "hypergradient" in sentence and "remove the section" in sentence
