@@ -40,8 +40,15 @@ class Cycle(NamedTuple):
 Contender = Callable[[Problem], Cycle]
 
 
-def library(estimator: Estimator, *, keep_activations: bool = True) -> Contender:
-    """`mlomae.hypergrad` on the levels as the training program declares them."""
+def library(
+    estimator: Estimator, *, keep_activations: bool = True, num_micro_batches: int = 1
+) -> Contender:
+    """`mlomae.hypergrad` on the levels as the training program declares them.
+
+    Args:
+        estimator, keep_activations: of `Multilevel`.
+        num_micro_batches: parts of the held-out batch, whose activations then take turns.
+    """
 
     def contender(problem: Problem) -> Cycle:
         # Here, so that no other contender carries DeepSpeed in its memory.
@@ -58,13 +65,16 @@ def library(estimator: Estimator, *, keep_activations: bool = True) -> Contender
             levels.values(), estimator=estimator, keep_activations=keep_activations
         )
 
+        images, labels = (t.chunk(num_micro_batches) for t in problem.held_out)
+        held_out = list(zip(images, labels, strict=True))
+
         def lower() -> None:
             multilevel.clear()
             levels["pretrain"].step(problem.unlabeled)
             levels["classifier"].step(problem.labeled)
 
         def update() -> None:
-            found = multilevel.hypergradient("mask", problem.held_out)
+            found = multilevel.hypergradient("mask", *held_out)
             levels["mask"].set_gradient(found.vector)
 
         return Cycle(lower, update)
@@ -133,6 +143,7 @@ CONTENDERS: dict[str, Contender] = {
     "betty": betty_darts,
     "double_backward": double_backward,
     "unrolled": library(Unrolled(steps=1)),
+    "unrolled_micro_batches": library(Unrolled(steps=1), num_micro_batches=2),
     "unrolled_recomputing": library(Unrolled(steps=1), keep_activations=False),
     "unrolled_differences": library(FiniteDifference(Unrolled(steps=1), relative_step=1e-4)),
     "sama": library(Sama()),

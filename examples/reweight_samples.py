@@ -64,21 +64,21 @@ def two_levels(network: nn.Module, weighter: nn.Module, lr: float, decay: float,
 
 
 def train_reweighted(
-    samples: Samples, clean: Samples, steps: int, estimator, lr: float, decay: float
+    samples: Samples, clean: Samples, num_steps: int, estimator, lr: float, decay: float
 ) -> nn.Module:
     network = new_network(samples)
     weighter = nn.Sequential(nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 1), nn.Sigmoid())
     problem = two_levels(network, weighter, lr, decay, estimator)
     batches = {"classifier": batches_of(samples), "weighter": repeat(clean)}
-    for _ in range(steps):
+    for _ in range(num_steps):
         problem.cycle(batches)  # a step of the classifier, then one of the weighter
     return network
 
 
-def train_unweighted(samples: Samples, steps: int, lr: float, decay: float) -> nn.Module:
+def train_unweighted(samples: Samples, num_steps: int, lr: float, decay: float) -> nn.Module:
     network = new_network(samples)
     level = Level("classifier", network, sgd(network, lr, decay), loss=mean_loss)
-    for batch in islice(batches_of(samples), steps):
+    for batch in islice(batches_of(samples), num_steps):
         level.step(batch)
     return network
 
@@ -123,14 +123,14 @@ def accuracy(network: nn.Module, samples: Samples) -> float:
     return (network(samples[0]).argmax(1) == samples[1]).double().mean().item()
 
 
-def compare(data: Samples, seed: int, steps: int, estimator) -> dict[str, float]:
+def compare(data: Samples, seed: int, num_steps: int, estimator) -> dict[str, float]:
     torch.manual_seed(seed)
     noisy, clean, choosing, test = split(*data)
     both = torch.cat([noisy[0], clean[0]]), torch.cat([noisy[1], clean[1]])
     methods = {
-        "unweighted": partial(train_unweighted, both, steps),
-        "clean only": partial(train_unweighted, clean, steps),
-        "reweighted": partial(train_reweighted, both, clean, steps, estimator),
+        "unweighted": partial(train_unweighted, both, num_steps),
+        "clean only": partial(train_unweighted, clean, num_steps),
+        "reweighted": partial(train_reweighted, both, clean, num_steps, estimator),
     }
     found = {}
     for name, train in methods.items():
@@ -143,16 +143,17 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     """Print test accuracies, a row for each method and a column for each seed, and return them."""
     parser = argparse.ArgumentParser(description="Reweighting samples with wrong labels.")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST; without it, digits")
-    parser.add_argument("--steps", type=int, default=500, help="of each classifier")
+    parser.add_argument("--num_steps", type=int, default=500, help="of each classifier")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--estimator", choices=ESTIMATORS, default="unrolled")
     args = parser.parse_args(arguments)
     data, estimator = load(args.data), ESTIMATORS[args.estimator]
-    runs = [compare(data, seed, args.steps, estimator) for seed in range(3)]
-    print("accuracy     seed 0  seed 1  seed 2    mean  std")
+    runs = [compare(data, seed, args.num_steps, estimator) for seed in args.seeds]
+    print("accuracy   ", *(f"{f'seed {seed}':>7}" for seed in args.seeds), "   mean  std")
     for name in runs[0]:
         values = np.array([100 * run[name] for run in runs])
         cells = "".join(f"{v:8.1f}" for v in values)
-        print(f"{name:11}{cells}{values.mean():8.1f}{values.std(ddof=1):5.1f}")
+        print(f"{name:11}{cells}{values.mean():8.1f}{values.std(ddof=int(len(runs) > 1)):5.1f}")
     return {name: [run[name] for run in runs] for name in runs[0]}
 
 

@@ -80,7 +80,10 @@ class Level:
         self._waiting: list[MicroBatch] = []
 
     def step(self, *micro_batches: Any) -> Tensor:
-        """One optimizer step on the mean loss of the micro-batches; returns it. All ranks call."""
+        """One optimizer step on the mean loss of the micro-batches; returns it. All ranks call.
+
+        Steps count into the present cycle, until `clear` begins the next.
+        """
         loss = self.backward(*micro_batches)
         self.apply()
         return loss

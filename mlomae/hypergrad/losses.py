@@ -24,7 +24,8 @@ class WeightedLoss:
 
     Attributes:
         losses: `(models, batch, frozen=None) -> (losses, frozen)`: losses of any shape, and what
-            the weights, or a choice within the losses, depend on. Given `frozen`, it is used.
+            the weights, or a choice within the losses, depend on. Given `frozen`, it is used. It
+            counts as constant: what it owes to the level's own weights is left out.
         weights: `(models, frozen) -> weights`, of the losses' shape.
     """
 
