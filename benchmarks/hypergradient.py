@@ -94,7 +94,7 @@ def _compare(
 
 
 def _cosine(vector: Tensor, other: Tensor) -> float:
-    # Clearer than torch's cosine_similarity for vectors whose norms are tiny.
+    # torch's cosine_similarity takes norms below 1e-8 for 1e-8.
     vector, other = vector.double(), other.double()
     return (vector @ other / (vector.norm() * other.norm())).item()
 
