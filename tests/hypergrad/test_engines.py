@@ -15,6 +15,7 @@ SETTINGS = {
     "sgd, fixed positions": {"optimizer": "sgd", "trainable_positions": False},
     "accumulated and clipped": {"optimizer": "adamw", "micro": 2, "gradient_clipping": 0.05},
 }
+IN_BF16 = ("adamw", "accumulated and clipped")
 CONFIGS = (
     "zero0_bf16",
     "zero1_bf16",
@@ -28,7 +29,8 @@ CONFIGS = (
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Any]:
     """Every case in one pair of processes, because starting them costs more than running."""
-    keys = [(shipped, d, s) for shipped in CONFIGS for d in ("fp32", "bf16") for s in SETTINGS]
+    settings = {"fp32": tuple(SETTINGS), "bf16": IN_BF16}
+    keys = [(shipped, d, s) for shipped in CONFIGS for d in settings for s in settings[d]]
     cases = [{"shipped": shipped, "dtype": d, **SETTINGS[s]} for shipped, d, s in keys]
     folder = tmp_path_factory.mktemp("brute_force")
     results = run_ranks(f"{CASES}:against_brute_force", 2, folder, cases=cases)
@@ -42,7 +44,7 @@ def test_fp32_equals_brute_force(errors: dict[Any, Any], shipped: str, setting: 
     assert max(cycle["error"] for cycle in errors[shipped, "fp32", setting]) <= 1e-5
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", IN_BF16)
 @pytest.mark.parametrize("shipped", CONFIGS)
 def test_bf16_is_close(errors: dict[Any, Any], shipped: str, setting: str) -> None:
     # The median: where a rectifier of the masking network switches under bf16 rounding, the two
@@ -52,9 +54,12 @@ def test_bf16_is_close(errors: dict[Any, Any], shipped: str, setting: str) -> No
     assert statistics.median(cycle["cosine"] for cycle in cycles) >= 0.999
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_leaves_no_trace(tmp_path: Path, dtype: str) -> None:
-    cases = [{"shipped": shipped, "dtype": dtype, "optimizer": "adamw"} for shipped in CONFIGS]
+def test_leaves_no_trace(tmp_path: Path) -> None:
+    cases = [
+        {"shipped": shipped, "dtype": dtype, "optimizer": "adamw"}
+        for shipped in CONFIGS
+        for dtype in ("fp32", "bf16")
+    ]
     for rank in run_ranks(f"{CASES}:leaves_no_trace", 2, tmp_path, cases=cases):
         for case, result in zip(cases, rank, strict=True):
             assert result["after"] == result["before"], case
