@@ -13,7 +13,7 @@ setup(
         "torch>=2.6,<3",
         "torchvision>=0.21,<1",
         "deepspeed>=0.18.7",  # 0.18.5 and 0.18.6 are 2.5 times slower
-        "timm>=1.0.9",
+        "timm>=1.0.23",  # the first whose Block takes attn_layer
         "ffcv==1.0.2",  # the last release; data_ffcv extends its loader classes
         "pillow>=10",  # FFCV imports it without declaring it
         "setuptools",  # FFCV imports distutils, which Python 3.12 gets from here
@@ -28,13 +28,19 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "hub": ["huggingface_hub>=0.25", "transformers>=4.46"],
+        "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
         "wandb": ["wandb>=0.18"],
         "dev": [
             "mypy>=1.15",
+            "onnx>=1.16",
+            "onnxruntime>=1.18",
+            "onnxscript>=0.2",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "scikit-learn>=1.4",  # an independent reference in the tests of eval
+            "transformers>=4.46",  # likewise of the models and their weights
         ],
     },
 )

@@ -52,14 +52,15 @@ def library(
 
     def contender(problem: Problem) -> Cycle:
         # Here, so that no other contender carries DeepSpeed in its memory.
-        from mlomae.mlo_mae import LEVELS, WeightedReconstruction
+        from mlomae.masks import MaskedBatch
+        from mlomae.mlo_mae import LEVELS, FrozenReconstruction
 
         networks = {
             "pretrain": (problem.autoencoder, problem.autoencoder_optimizer),
             "classifier": (problem.head, problem.head_optimizer),
             "mask": (problem.masking, adamw(problem.masking, lr=5e-5)),
         }
-        keywords = {**LEVELS, "pretrain": {**LEVELS["pretrain"], "loss": WeightedReconstruction()}}
+        keywords = {**LEVELS, "pretrain": {**LEVELS["pretrain"], "loss": FrozenReconstruction()}}
         levels = {name: Level(name, *networks[name], **keywords[name]) for name in networks}
         multilevel = Multilevel(
             levels.values(), estimator=estimator, keep_activations=keep_activations
@@ -70,7 +71,7 @@ def library(
 
         def lower() -> None:
             multilevel.clear()
-            levels["pretrain"].step(problem.unlabeled)
+            levels["pretrain"].step(MaskedBatch(problem.unlabeled))
             levels["classifier"].step(problem.labeled)
 
         def update() -> None:

@@ -25,7 +25,7 @@ from data_ffcv._ffcv import (
     keep_torch_threads,
     uncompiled,
 )
-from data_ffcv.augment import KINDS, Augmentation
+from data_ffcv.augment import KINDS, Augmentation, to_pair
 from data_ffcv.beton import BetonInfo
 from data_ffcv.errors import DataError
 
@@ -39,7 +39,7 @@ def to_settings(augmentation: Augmentation, seed: int) -> _kernels.Settings:
     return _kernels.Settings(
         seed=np.uint64(seed),
         kind=KINDS.index(augmentation.kind),
-        image_size=augmentation.image_size,
+        image_size=(augmentation.height, augmentation.width),
         scale_low=float(augmentation.scale[0]),
         scale_high=float(augmentation.scale[1]),
         ratio_low=float(augmentation.ratio[0]),
@@ -47,7 +47,7 @@ def to_settings(augmentation: Augmentation, seed: int) -> _kernels.Settings:
         padding=augmentation.padding,
         flip=augmentation.flip,
         bicubic=augmentation.interpolation == "bicubic",
-        resize=augmentation.resize or 0,
+        resize=to_pair(augmentation.resize or 0),
     )
 
 
@@ -63,8 +63,7 @@ class SeededDecoder(Operation):
         self._settings = to_settings(augmentation, seed)
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        size = self._settings.image_size
-        shape, dtype = (size, size, 3), np.dtype("u1")
+        shape, dtype = (*self._settings.image_size, 3), np.dtype("u1")
         state = State(jit_mode=True, device=torch.device("cpu"), shape=shape, dtype=dtype)
         return state, AllocationQuery(shape, dtype)
 
@@ -156,7 +155,7 @@ class BatchIterator(EpochIterator):
         return False
 
     def __next__(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns views of (images [n, S, S, 3] uint8, labels [n] int64)."""
+        """Returns views of (images [n, height, width, 3] uint8, labels [n] int64)."""
         result = None if self._ended else self.output_queue.get()
         if result is not None:
             return result

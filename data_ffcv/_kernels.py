@@ -50,7 +50,7 @@ class Settings(NamedTuple):
 
     seed: np.uint64
     kind: int
-    image_size: int
+    image_size: Pair
     scale_low: float
     scale_high: float
     ratio_low: float
@@ -58,7 +58,7 @@ class Settings(NamedTuple):
     padding: int
     flip: bool
     bicubic: bool
-    resize: int  # 0: keep the size
+    resize: Pair  # to be covered; (0, 0): keep the size
 
 
 _compile = njit(nogil=True, error_model="numpy")
@@ -122,13 +122,16 @@ def _random_box(key: np.uint64, height: int, width: int, settings: Settings) -> 
 
 
 @_compile
-def _resized_shape(height: int, width: int, shorter_side: int) -> Pair:
-    """Shape after the shorter side becomes `shorter_side` (0: unchanged), as torchvision."""
-    if shorter_side == 0:
+def _resized_shape(height: int, width: int, target: Pair) -> Pair:
+    """Smallest shape of the image's aspect that covers `target`; (0, 0) changes nothing.
+
+    For a square target the shorter side becomes its side; rounds down, as torchvision's Resize.
+    """
+    if target == (0, 0):
         return height, width
-    if height <= width:
-        return shorter_side, int(shorter_side * width / height)
-    return int(shorter_side * height / width), shorter_side
+    if target[1] * height <= target[0] * width:
+        return target[0], int(target[0] * width / height)
+    return int(target[1] * height / width), target[1]
 
 
 @_compile
@@ -228,37 +231,37 @@ def _vertical(image: Image, corner: Pair, axis: Axis, out: Image) -> None:
 def _resize(
     image: Image, box: Box, shape: Pair, offset: Pair, flip: bool, bicubic: bool, out: Image
 ) -> None:
-    """Resizes image[box] to `shape` and writes the square at `offset`, perhaps mirrored.
+    """Resizes image[box] to `shape` and writes the part at `offset`, perhaps mirrored.
 
     Each pass rounds to 8 bits, so their order shows; the rule below is Pillow 13's, found by
     comparing pixels.
     """
     top, left, height, width = box
-    size = out.shape[0]
+    out_height, out_width, _ = out.shape
     origin = (np.int64(0), np.int64(0))  # literal zeros would compile both passes twice
-    axis_y = _axis_weights(height, shape[0], offset[0], size, bicubic)
-    axis_x = _axis_weights(width, shape[1], offset[1], size, bicubic)
+    axis_y = _axis_weights(height, shape[0], offset[0], out_height, bicubic)
+    axis_x = _axis_weights(width, shape[1], offset[1], out_width, bicubic)
     if height > shape[0] and height - shape[0] > 2 * (width - shape[1]):
-        middle = np.empty((size, width, 3), np.uint8)
+        middle = np.empty((out_height, width, 3), np.uint8)
         _vertical(image, (top, left), axis_y, middle)
         _horizontal(middle, origin, axis_x, flip, out)
     else:
         starts, num_taps, weights = axis_y
         first, end = starts[0], starts[-1] + num_taps[-1]
-        middle = np.empty((end - first, size, 3), np.uint8)
+        middle = np.empty((end - first, out_width, 3), np.uint8)
         _horizontal(image, (top + first, left), axis_x, flip, middle)
         _vertical(middle, origin, (starts - first, num_taps, weights), out)
 
 
 @_compile
 def _copy(image: Image, top: int, left: int, flip: bool, out: Image) -> None:
-    """Copies the square at (top, left); what lies outside the image is black."""
+    """Copies the part at (top, left); what lies outside the image is black."""
     height, width, _ = image.shape
-    size = out.shape[0]
-    for y in range(size):
-        for x in range(size):
+    out_height, out_width, _ = out.shape
+    for y in range(out_height):
+        for x in range(out_width):
             row, column = top + y, left + x
-            target = size - 1 - x if flip else x
+            target = out_width - 1 - x if flip else x
             inside = 0 <= row < height and 0 <= column < width
             for channel in range(3):
                 out[y, target, channel] = image[row, column, channel] if inside else 0
@@ -267,21 +270,21 @@ def _copy(image: Image, top: int, left: int, flip: bool, out: Image) -> None:
 @_compile
 def _augment(image: Image, key: np.uint64, settings: Settings, out: Image) -> None:
     height, width, _ = image.shape
-    size = settings.image_size
+    out_height, out_width = settings.image_size
     flip = settings.flip and _uniform(key, 0) < 0.5
     if settings.kind == PAD_CROP:
         padding = settings.padding
-        top = _randint(key, 1, height + 2 * padding - size) - padding
-        left = _randint(key, 2, width + 2 * padding - size) - padding
+        top = _randint(key, 1, height + 2 * padding - out_height) - padding
+        left = _randint(key, 2, width + 2 * padding - out_width) - padding
         _copy(image, top, left, flip, out)
         return
     if settings.kind == RANDOM_RESIZED_CROP:
         box, offset = _random_box(key, height, width, settings), (0, 0)
-        shape = (size, size)
+        shape = (out_height, out_width)
     else:
         box = (0, 0, height, width)
         shape = _resized_shape(height, width, settings.resize)
-        offset = (round((shape[0] - size) / 2), round((shape[1] - size) / 2))
+        offset = (round((shape[0] - out_height) / 2), round((shape[1] - out_width) / 2))
     if (box[2], box[3]) == shape:
         _copy(image, box[0] + offset[0], box[1] + offset[1], flip, out)
     else:
@@ -297,7 +300,7 @@ def decode_images(
     scratch: np.ndarray,
     out: np.ndarray,
 ) -> int:
-    """Decodes and augments a run of images into `out`, [n, image_size, image_size, 3] uint8.
+    """Decodes and augments a run of images into `out`, uint8 [n, *image_size, 3].
 
     Args:
         file: The whole file, uint8.

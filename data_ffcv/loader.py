@@ -32,8 +32,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Stream:
     """Endless iterator of (images, labels); made by `open_stream`.
 
-    Also a context manager. Images are float32 [batch_size, 3, S, S] and labels int64
-    [batch_size], both owned by the caller and on the stream's device.
+    Also a context manager. Images are float32 [batch_size, 3, height, width] and labels
+    int64 [batch_size], both owned by the caller and on the stream's device.
 
     Attributes:
         num_batches_per_epoch: Full global batches in one pass over the samples.

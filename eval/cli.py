@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from data_ffcv import DataError
+from eval.encoders import Encoder, of_run, of_weights
 from eval.features import EncodedSets, ImageSets
 from mlomae.errors import UserError
-from mlomae.models import MaskedAutoencoder
-from mlomae.recipe import Recipe
-from mlomae.weights import build_model, find_checkpoint, load_model
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +37,14 @@ def build_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    encoder = parser.add_mutually_exclusive_group(required=True)
+    encoder.add_argument(
         "--checkpoint",
-        required=True,
         type=Path,
         metavar="RUN",
         help="a run folder (its newest checkpoint) or one of its checkpoint folders",
     )
+    add_weights_arguments(parser, encoder)
     add_data_arguments(parser)
     parser.add_argument(
         "--untrained",
@@ -59,6 +58,45 @@ def build_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         help="the JSON result (default: RUN/eval/<evaluation>[_untrained].json)",
     )
     return parser
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser, encoder: Any) -> None:
+    """Add the flags that name other weights than a run's, `--init_from` to a group of its own."""
+    encoder.add_argument(
+        "--init_from",
+        action="append",
+        metavar="PATH",
+        help="weights of MAE, MAE-CT, timm or Hugging Face, a file or a folder",
+    )
+    parser.add_argument(
+        "--init_from_expected",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name, with * for any text, that may be missing from them or left over",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="with --init_from: another than theirs; positions are interpolated",
+    )
+    parser.add_argument(
+        "--global_pool",
+        choices=("token", "avg"),
+        default="token",
+        help="with --init_from: the class token, or the mean of the patch tokens",
+    )
+
+
+def foreign_encoder(args: argparse.Namespace, paths: Sequence[str]) -> Encoder:
+    """The encoder of weights that are no run's, as the flags say."""
+    return of_weights(
+        paths,
+        image_size=args.image_size,
+        global_pool=args.global_pool,
+        expected=args.init_from_expected,
+    )
 
 
 def positive_int(text: str) -> int:
@@ -84,12 +122,6 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_encoder(checkpoint: Path, *, untrained: bool) -> tuple[MaskedAutoencoder, Recipe]:
-    """Return a run's model, or with `untrained` its model as it was before training."""
-    model, recipe = load_model(checkpoint)
-    return (build_model(recipe) if untrained else model), recipe
-
-
 def evaluate_encoder(
     args: argparse.Namespace, name: str, evaluate: Callable[[EncodedSets], dict[str, Any]]
 ) -> None:
@@ -100,14 +132,14 @@ def evaluate_encoder(
     """
     start = time.perf_counter()
     sets = ImageSets(args.train, args.test, args.num_train_images)
-    model, recipe = load_encoder(args.checkpoint, untrained=args.untrained)
+    encoder = _encoder(args)
     file = args.output or _default_output(args.checkpoint, name, untrained=args.untrained)
     make_parent(file)
-    data = sets.encode(model, recipe, default_device())
+    data = sets.encode(encoder, default_device())
     result = {
         "evaluation": name,
-        "checkpoint": str(find_checkpoint(args.checkpoint)),
-        "untrained": args.untrained,
+        "encoder": encoder.name,
+        **encoder.source,
         "train": args.train,
         "test": args.test,
         **describe(data),
@@ -116,6 +148,16 @@ def evaluate_encoder(
     }
     write_json(file, result)
     _show(result, file)
+
+
+def _encoder(args: argparse.Namespace) -> Encoder:
+    if args.checkpoint is not None:
+        return of_run(args.checkpoint, untrained=args.untrained)
+    if args.untrained:
+        raise UserError("--untrained is for a run: give --checkpoint instead of --init_from")
+    if args.output is None:
+        raise UserError("--output is missing: weights that are no run's have no folder for it")
+    return foreign_encoder(args, args.init_from)
 
 
 def describe(data: EncodedSets) -> dict[str, int]:
@@ -171,7 +213,8 @@ def _default_output(checkpoint: Path, name: str, *, untrained: bool) -> Path:
 
 def _show(result: dict[str, Any], file: Path) -> None:
     table = Table(Column("encoder", overflow="fold"), "evaluation", "accuracy", "seconds")
-    encoder = "untrained" if result["untrained"] else result["checkpoint"]
+    source = result.get("checkpoint") or " and ".join(result["init_from"])
+    encoder = "untrained" if result["encoder"] == "untrained" else source
     accuracy = f"{100 * result['accuracy']:.2f} %"
     table.add_row(encoder, result["evaluation"], accuracy, f"{result['seconds']:.1f}")
     console = Console()

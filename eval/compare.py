@@ -16,43 +16,25 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from eval import cli, knn, linear_probe
+from eval.encoders import Encoder, of_run
 from eval.features import ImageSets
-from mlomae.models import MaskedAutoencoder
-from mlomae.recipe import Recipe
-from mlomae.weights import find_checkpoint
 
 
-def compare(checkpoints: list[Path], sets: ImageSets, device: torch.device) -> list[dict[str, Any]]:
-    """Evaluate every run, then the first one's encoder as it was before training.
+def compare(encoders: list[Encoder], sets: ImageSets, device: torch.device) -> list[dict[str, Any]]:
+    """Evaluate every encoder.
 
     Returns:
-        One row per encoder: its name (the run's method, or `untrained`), checkpoint, the results
-        of `knn` and `linear_probe`, and seconds.
-
-    Raises:
-        UserError: A run or its checkpoint is missing.
+        One row per encoder: its name, source, the results of `knn` and `linear_probe`, and seconds.
     """
-    encoders = []
-    for checkpoint in checkpoints:
-        model, recipe = cli.load_encoder(checkpoint, untrained=False)
-        encoders.append((recipe.method, checkpoint, model, recipe))
-    model, recipe = cli.load_encoder(checkpoints[0], untrained=True)
-    encoders.append(("untrained", checkpoints[0], model, recipe))
     return [
-        {
-            "encoder": name,
-            "checkpoint": str(find_checkpoint(checkpoint)),
-            **_evaluate(model, recipe, sets, device),
-        }
-        for name, checkpoint, model, recipe in encoders
+        {"encoder": encoder.name, **encoder.source, **_evaluate(encoder, sets, device)}
+        for encoder in encoders
     ]
 
 
-def _evaluate(
-    model: MaskedAutoencoder, recipe: Recipe, sets: ImageSets, device: torch.device
-) -> dict[str, Any]:
+def _evaluate(encoder: Encoder, sets: ImageSets, device: torch.device) -> dict[str, Any]:
     start = time.perf_counter()
-    data = sets.encode(model, recipe, device)
+    data = sets.encode(encoder, device)
     return {
         **cli.describe(data),
         "knn": knn.evaluate(data, knn.KnnSettings()),
@@ -61,11 +43,20 @@ def _evaluate(
     }
 
 
+def _encoders(args: argparse.Namespace) -> list[Encoder]:
+    """Runs, other weights, and the first run's encoder as it was before training."""
+    runs = [of_run(checkpoint) for checkpoint in args.checkpoints]
+    foreign = [cli.foreign_encoder(args, [path]) for path in args.init_from or []]
+    floor = [of_run(args.checkpoints[0], untrained=True)]
+    return [*runs, *foreign, *floor]
+
+
 def _show(rows: list[dict[str, Any]], file: Path) -> None:
     table = Table("encoder", "k-NN", "linear probe", Column("checkpoint", overflow="fold"))
     for row in rows:
         accuracies = [f"{100 * row[name]['accuracy']:.2f} %" for name in ("knn", "linear_probe")]
-        table.add_row(row["encoder"], *accuracies, row["checkpoint"])
+        source = row.get("checkpoint") or row["init_from"][0]
+        table.add_row(row["encoder"], *accuracies, source)
     console = Console()
     console.print(table)
     console.print(f"result: {file}", highlight=False, soft_wrap=True)
@@ -73,8 +64,9 @@ def _show(rows: list[dict[str, Any]], file: Path) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     sets = ImageSets(args.train, args.test, args.num_train_images)
+    encoders = _encoders(args)
     cli.make_parent(args.output)
-    rows = compare(args.checkpoints, sets, cli.default_device())
+    rows = compare(encoders, sets, cli.default_device())
     cli.write_json(args.output, {"train": args.train, "test": args.test, "encoders": rows})
     _show(rows, args.output)
 
@@ -89,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "checkpoints", nargs="+", type=Path, metavar="RUN", help="run or checkpoint folders"
     )
+    cli.add_weights_arguments(parser, parser)
     cli.add_data_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON result")
     args = parser.parse_args(argv)

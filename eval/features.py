@@ -1,6 +1,6 @@
 """Features of whole images: what the frozen encoder says about a training and a test file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ from data_ffcv import (
     open_eval_loader,
     split_by_class,
 )
+from eval.encoders import Encoder
 from mlomae.errors import UserError
 from mlomae.models import MaskedAutoencoder
-from mlomae.recipe import Recipe
 
 _BATCH_SIZE = 256
 _SUBSET_SEED = 0
@@ -71,19 +71,19 @@ class ImageSets:
             fraction = num_train_images / self.train.num_samples
             _, self.train_indices = split_by_class(self.train.labels, fraction, _SUBSET_SEED)
 
-    def encode(self, model: MaskedAutoencoder, recipe: Recipe, device: torch.device) -> EncodedSets:
-        """Features of both files from un-augmented images, normalised as in the recipe."""
-        model = model.to(device).eval()
+    def encode(self, encoder: Encoder, device: torch.device) -> EncodedSets:
+        """Features of both files from un-augmented images, normalised as the encoder wants."""
+        model = encoder.model.to(device).eval()
 
         def loader(info: BetonInfo) -> EvalLoader:
             return open_eval_loader(
                 info.path,
-                augmentation=eval_augmentation(info, recipe.model.image_size),
+                augmentation=eval_augmentation(info, model.image_size),
                 batch_size=_BATCH_SIZE,
-                mean=recipe.data.mean,
-                std=recipe.data.std,
+                mean=encoder.mean,
+                std=encoder.std,
                 indices=self.train_indices if info is self.train else None,
-                num_workers=recipe.data.num_workers,
+                num_workers=encoder.num_workers,
                 device=device,
             )
 
@@ -109,14 +109,17 @@ def extract_features(
         return LabelledFeatures(torch.cat(features), torch.cat(labels))
 
 
-def eval_augmentation(info: BetonInfo, image_size: int) -> Augmentation:
+def eval_augmentation(info: BetonInfo, image_size: int | tuple[int, int]) -> Augmentation:
     """The usual crop of evaluation: 224 out of 256 pixels, in the ratio of the image size.
 
     Files whose images all have the wanted size, such as Fashion-MNIST or CIFAR, are taken whole.
     """
-    sides = {info.min_height, info.max_height, info.min_width, info.max_width}
-    resize = None if sides == {image_size} else round(image_size * 256 / 224)
-    return Augmentation(kind="center_crop", image_size=image_size, resize=resize)
+    whole = Augmentation(kind="center_crop", image_size=image_size)
+    smallest, largest = (info.min_height, info.min_width), (info.max_height, info.max_width)
+    if smallest == largest == (whole.height, whole.width):
+        return whole
+    height, width = round(whole.height * 256 / 224), round(whole.width * 256 / 224)
+    return replace(whole, resize=height if height == width else (height, width))
 
 
 def _check_same_classes(train: BetonInfo, test: BetonInfo) -> None:

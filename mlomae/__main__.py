@@ -22,9 +22,7 @@ def main() -> int:
 
 def _gradcheck(arguments: Sequence[str]) -> int:
     """Check every hypergradient estimator against float64, on a recipe at reduced size."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlomae gradcheck", description=_gradcheck.__doc__
-    )
+    parser = _parser("gradcheck", _gradcheck.__doc__)
     parser.add_argument(
         "--recipe",
         default="quickstart_mlo_mae",
@@ -42,7 +40,46 @@ def _gradcheck(arguments: Sequence[str]) -> int:
     return gradcheck(given.recipe, given.deepspeed_config, given.overrides)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"gradcheck": _gradcheck}
+def _export(arguments: Sequence[str]) -> int:
+    """Write a run's weights as timm, Transformers or ONNX load them."""
+    parser = _parser("export", _export.__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run folder, or one of its checkpoint folders")
+    parser.add_argument(
+        "--format", required=True, choices=("timm", "hf", "safetensors", "onnx"), help="for whom"
+    )
+    parser.add_argument("--output", metavar="DIR", help="a new folder (default: RUN/export/FORMAT)")
+    given = parser.parse_args(arguments)
+
+    from mlomae.export import main as export
+
+    return export(given.run, given.format, given.output)
+
+
+def _show_masks(arguments: Sequence[str]) -> int:
+    """Draw the masks of a run on your images."""
+    parser = _parser("show-masks", _show_masks.__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run folder, or one of its checkpoint folders")
+    parser.add_argument("--images", required=True, metavar="DIR", help="a folder of images")
+    parser.add_argument(
+        "--output", metavar="FILE", help="the picture (default: RUN/masks_<name of DIR>.png)"
+    )
+    parser.add_argument("--num_images", type=int, default=8, help="rows (default: %(default)s)")
+    given = parser.parse_args(arguments)
+
+    from mlomae.show_masks import main as show_masks
+
+    return show_masks(given.run, given.images, given.output, given.num_images)
+
+
+def _parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"python -m mlomae {command}", description=description)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "gradcheck": _gradcheck,
+    "export": _export,
+    "show-masks": _show_masks,
+}
 
 
 if __name__ == "__main__":

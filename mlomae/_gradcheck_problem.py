@@ -9,17 +9,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mlomae._recipe_schema import flatten
 from mlomae.engines import TrainingLevel, build_optimizer
+from mlomae.hypergrad import WeightedLoss
 from mlomae.hypergrad.losses import Models
 from mlomae.hypergrad.randomness import restored
 from mlomae.hypergrad.records import MicroBatch
 from mlomae.hypergrad.reference import OptimizerRules, ReferenceLevel, hypergradient, to_double
-from mlomae.mae import hashed
-from mlomae.mlo_mae import Choice, WeightedReconstruction, classification_loss
+from mlomae.mlo_mae import classification_loss
+from mlomae.models.mae import num_kept
+from mlomae.randomness import hashed
 from mlomae.recipe import ModelRecipe, Recipe
-from mlomae.train import BUILDERS
+from mlomae.train import BUILDERS, coupling
 
 BATCH = 16
 LARGEST = {"depth": 2, "decoder_depth": 1, "num_heads": 4, "decoder_num_heads": 4, "patch_size": 4}
@@ -40,9 +43,10 @@ def reduce_recipe(recipe: Recipe, world_size: int) -> Recipe:
     Kept: levels, optimizers, clipping, accumulation, steps per cycle, masking ratio, loss, dropout
     and the section `hypergradient`. Learning rates stay at their peak.
     """
-    values = recipe.model_dump()
+    values = recipe.model_dump() | {"init_from": (), "init_from_expected": ()}
     values["model"] |= _reduced_model(recipe)
     values["masking"]["hidden_dim"] = min(recipe.masking.hidden_dim, HIDDEN_DIM)
+    values["masking"] |= {"mask_ratio_end": None, "temperature_end": None}  # never reached here
     values["data"]["num_classes"] = min(recipe.data.num_classes or 0, NUM_CLASSES)
     for name, level in recipe.levels.items():
         parts = world_size * level.gradient_accumulation_steps
@@ -60,16 +64,18 @@ def _reduced_model(recipe: Recipe) -> dict[str, Any]:
         width, sizes["num_heads"] = model.embed_dim, model.num_heads
     if model.decoder_embed_dim <= decoder_width:
         decoder_width, sizes["decoder_num_heads"] = model.decoder_embed_dim, model.decoder_num_heads
-    image_size = _grid_size(model, recipe.masking.mask_ratio) * sizes["patch_size"]
+    image_size = _side(model, recipe.masking.mask_ratio) * sizes["patch_size"]
     widths = {"embed_dim": width, "decoder_embed_dim": decoder_width}
-    return sizes | widths | {"preset": None, "image_size": image_size}
+    # dropped paths and compiled code draw and round otherwise in float64
+    plain = {"drop_path_rate": 0.0, "compile_blocks": False}
+    return sizes | widths | plain | {"preset": None, "image_size": image_size}
 
 
-def _grid_size(model: ModelRecipe, mask_ratio: float) -> int:
+def _side(model: ModelRecipe, mask_ratio: float) -> int:
     """Patches per side: few, but of them some are kept and some hidden."""
-    own = model.image_size // model.patch_size
+    own = max(model.grid_size)
     for side in range(min(GRID, own), own):
-        if 0 < int(side**2 * (1 - mask_ratio)) < side**2:
+        if 0 < num_kept(side**2, mask_ratio) < side**2:
             return side
     return own
 
@@ -115,8 +121,7 @@ class RandomBatches:
         return images, self._mine(torch.randint(num_classes, shape, generator=self._generator))
 
     def _images(self, level: str) -> Tensor:
-        size = self._recipe.model.image_size
-        shape = (self._recipe.levels[level].batch_size, 3, size, size)
+        shape = (self._recipe.levels[level].batch_size, 3, *self._recipe.model.image_size)
         return self._mine(torch.randn(shape, generator=self._generator))
 
     def _mine(self, tensor: Tensor) -> Tensor:
@@ -167,7 +172,7 @@ class Truth:
         optimizer = build_optimizer(module, recipe)
         rules = OptimizerRules.of(optimizer, module, recipe.gradient_clipping)
         rules.memory = memory
-        loss = _pretrain_loss if name == "pretrain" else _classifier_loss
+        loss = _PretrainLoss(self._recipe) if name == "pretrain" else _classifier_loss
         records = list(self._levels[name].level.records)[-num_steps:]
         batches = [[m for own in r.micro_batches for m in self._passes(own)] for r in records]
         return ReferenceLevel(name, module, loss, batches, rules)
@@ -210,12 +215,19 @@ def _memory(level: TrainingLevel) -> dict[str, Any]:
     }
 
 
-def _pretrain_loss(models: Models, batch: Any) -> Tensor:
-    images, choice, random_state = batch
-    random_state.restore()
-    loss = WeightedReconstruction()
-    losses, frozen = loss.losses(models, images, Choice(*choice))
-    return (loss.weights(models, frozen) * losses).sum()
+class _PretrainLoss:
+    """The recipe's reconstruction loss, with the masks of the step that was taken."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.loss = coupling(recipe, "pretrain")["loss"]
+
+    def __call__(self, models: Models, batch: Any) -> Tensor:
+        masked, frozen, random_state = batch
+        random_state.restore()
+        if not isinstance(self.loss, WeightedLoss):
+            return self.loss(models, masked)
+        losses, frozen = self.loss.losses(models, masked, frozen)
+        return (self.loss.weights(models, frozen) * losses).sum()
 
 
 def _classifier_loss(models: Models, batch: Any) -> Tensor:
@@ -242,9 +254,11 @@ class SameDraws(nn.Dropout):
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A nest of tuples with its tensors on a device; random states are set there as well."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
-    return dataclasses.replace(value, index=device) if dataclasses.is_dataclass(value) else value
+    """A nest of tuples and lists with its tensors on a device; random states are set there, too."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device)
+        return dataclasses.replace(leaf, index=device) if dataclasses.is_dataclass(leaf) else leaf
+
+    return tree_map(move, value)

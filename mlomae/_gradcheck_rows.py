@@ -17,6 +17,7 @@ from mlomae.engines import TrainingLevel
 from mlomae.estimators import build_estimator
 from mlomae.hypergrad import FiniteDifference, Hypergradient, Identity, Level
 from mlomae.hypergrad.reference import cosine, relative_error
+from mlomae.masks import MaskSchedule
 from mlomae.mlo_mae import MloMae
 from mlomae.recipe import HypergradientRecipe, Recipe
 
@@ -113,6 +114,7 @@ class Bench:
     def __init__(self, recipe: Recipe, levels: dict[str, TrainingLevel]) -> None:
         self._recipe, self._levels = recipe, levels
         self._device: torch.device = levels["pretrain"].engine.device
+        self._schedule = MaskSchedule.of(recipe, levels["pretrain"].total_steps)
         self._num_draws = 0
 
     def measure_unit(self) -> Cost:
@@ -121,7 +123,8 @@ class Bench:
         level = method.pretrain.level
 
         def begin() -> Call:
-            return partial(level.backward, *self._draw().micro_batches())
+            images = self._draw().micro_batches()
+            return partial(level.backward, *self._schedule.batches(images, self._num_draws))
 
         def end() -> None:
             level.discard()
@@ -132,7 +135,7 @@ class Bench:
     def measure_cost(self, row: Row) -> None:
         """Train some cycles for the row's estimator alone, as a run of it would."""
         try:
-            method = MloMae(**self._levels, estimator=row.estimator)
+            method = MloMae(**self._levels, estimator=row.estimator, schedule=self._schedule)
             row.cost = self._measure(
                 lambda: partial(_hypergradient, method, self._train(method)), method.problem.clear
             )
@@ -160,7 +163,7 @@ class Bench:
             method.problem.clear()
 
     def _recorder(self) -> MloMae:
-        return MloMae(**self._levels, estimator=_Recorder())
+        return MloMae(**self._levels, estimator=_Recorder(), schedule=self._schedule)
 
     def _measure(self, begin: Callable[[], Call], end: Callable[[], None]) -> Cost:
         """Memory in one run, since counting takes time, then the time of several."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -18,14 +19,12 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from mlomae.models.attention import BACKENDS
+from mlomae.models.mae import num_kept
+from mlomae.models.masking import LightMaskingNetwork
+from mlomae.models.registry import PRESETS
+
 PRESET_SIZES = ("embed_dim", "depth", "num_heads")
-PRESETS = {
-    "vit_tiny": (192, 12, 3),
-    "vit_small": (384, 12, 6),
-    "vit_base": (768, 12, 12),
-    "vit_large": (1024, 24, 16),
-    "vit_huge": (1280, 32, 16),
-}
 
 
 class Refusal(ValueError):
@@ -65,8 +64,17 @@ class Section(BaseModel):
 
 # YAML knows no tuples and no paths, so these two accept what stands for them
 FilePath = Annotated[Path, Field(strict=False)]
+# one stands for a list of one
+_Listed = BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)
+FilePaths = Annotated[tuple[FilePath, ...], _Listed, Field(strict=False)]
+Names = Annotated[tuple[str, ...], _Listed, Field(strict=False)]
 _Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 _PositiveTriple = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
+_Sides = Annotated[
+    tuple[PositiveInt, PositiveInt],
+    BeforeValidator(lambda v: (v, v) if type(v) is int else v),
+    Field(strict=False),
+]
 _Fraction = Annotated[float, Field(gt=0, lt=1)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -76,8 +84,8 @@ class ModelRecipe(Section):
 
     preset: str | None = None
     """Encoder size by name, vit_tiny to vit_huge; fills embed_dim, depth and num_heads."""
-    image_size: PositiveInt
-    """Side of the square input, pixels."""
+    image_size: _Sides
+    """Height and width of the input, [height, width] or one number for a square, pixels."""
     patch_size: PositiveInt
     """Side of a square patch, pixels."""
     embed_dim: PositiveInt
@@ -98,13 +106,27 @@ class ModelRecipe(Section):
     """Standardise each target patch by its own mean and variance."""
     trainable_positions: bool = False
     """Train the position embeddings, which start as 2-D sine-cosine tables."""
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth of the last encoder block, falling linearly to 0 at the first."""
+    global_pool: Literal["token", "avg"] = "token"
+    """Features of a whole image: the class token, or the mean of the patch tokens."""
+    attention: str = "auto"
+    """Attention kernel: auto, flash_attn, sdpa or math."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
+    compile_blocks: bool = False
+    """Compile each block with torch.compile: faster steps after a slow first one."""
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def num_patches(self) -> int:
         """Patches per image, N."""
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(self.grid_size)
 
     @model_validator(mode="before")
     @classmethod
@@ -121,13 +143,17 @@ class ModelRecipe(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        if self.image_size % self.patch_size:
-            below = max(self.image_size // self.patch_size, 1) * self.patch_size
-            problem = (
-                f"is {self.image_size}, which patch_size {self.patch_size} does not divide: "
-                f"use {below} or {below + self.patch_size}, or another patch_size"
-            )
-            raise Refusal("image_size", problem)
+        for side in self.image_size:
+            if side % self.patch_size:
+                below = max(side // self.patch_size, 1) * self.patch_size
+                problem = (
+                    f"is {side}, which patch_size {self.patch_size} does not divide: "
+                    f"use {below} or {below + self.patch_size}, or another patch_size"
+                )
+                raise Refusal("image_size", problem)
+        if self.attention not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise Refusal("attention", f"is '{self.attention}', but must be one of {known}")
         _check_width("", self.embed_dim, self.num_heads)
         _check_width("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
         return self
@@ -145,20 +171,76 @@ def _check_width(prefix: str, width: int, num_heads: int) -> None:
         raise Refusal(f"{prefix}embed_dim", problem)
 
 
+NETWORKS = {"mlo_mae": ("mlp", "light"), "mae": ("random", "block")}
+"""What may choose the masks in each method; the first is the default."""
+
+_HIDDEN_DIMS = {"mlp": 512, "light": 128}
+
+
 class MaskingRecipe(Section):
     """Which patches are hidden, and the network which learns it."""
 
     mask_ratio: _Fraction = 0.75
     """Share of the patches which is hidden."""
+    mask_ratio_end: _Fraction | None = None
+    """Share at the last step, reached linearly; null keeps mask_ratio."""
+    network: Literal["mlp", "light", "random", "block"]
+    """What scores the patches: mlp or light in mlo_mae, random or block in mae."""
     hidden_dim: PositiveInt = 512
-    """Hidden width of the masking network; mlo_mae only."""
+    """Hidden width of the masking network, by default 512 for mlp, 128 for light; mlo_mae only."""
+    selection: Literal["top_k", "gumbel_top_k"] = "top_k"
+    """Hide the highest scores, or draw by score without replacement; mlo_mae only."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of the draw: lower is closer to top_k; gumbel_top_k only."""
+    temperature_end: NonNegativeFloat | None = None
+    """Temperature at the last step, reached linearly; null keeps temperature."""
+    weighting: Literal["published", "normalized"] = "published"
+    """Divide the weighted loss by the number of hidden patches, or by their scores; mlo_mae
+    only."""
+    scores: Literal["frozen", "coupled"] = "frozen"
+    """Whether encoder steps see through the scores; coupled is the public code; mlo_mae only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_hidden_dim(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("hidden_dim") is not None:
+            return values
+        return {**values, "hidden_dim": _HIDDEN_DIMS.get(values.get("network", ""), 512)}
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        learned = self.network in NETWORKS["mlo_mae"]
+        drawn = self.selection == "gumbel_top_k"
+        for key, works, where in (
+            ("selection", learned, f"network {self.network} has no scores to select by"),
+            ("weighting", learned, f"network {self.network} has no scores to weigh by"),
+            ("scores", learned, f"network {self.network} has no scores"),
+            ("temperature", drawn, f"selection {self.selection} draws nothing"),
+            ("temperature_end", drawn, f"selection {self.selection} draws nothing"),
+        ):
+            if not works and getattr(self, key) != type(self).model_fields[key].default:
+                raise Refusal(key, f"is {getattr(self, key)}, but {where}: remove it")
+        if self.network == "light" and self.hidden_dim % LightMaskingNetwork.NUM_HEADS:
+            raise Refusal("hidden_dim", f"is {self.hidden_dim}: give network light a multiple of 4")
+        return self
+
+    def check_ratios(self, num_patches: int) -> None:
+        """Refuse a share that keeps or hides every patch."""
+        for key in ("mask_ratio", "mask_ratio_end"):
+            ratio = getattr(self, key)
+            if ratio is not None and not 0 < (kept := num_kept(num_patches, ratio)) < num_patches:
+                problem = (
+                    f"is {ratio}, which keeps {kept} of {num_patches} patches: change it or "
+                    "model.patch_size so that at least one patch is kept and one is hidden"
+                )
+                raise Refusal(key, problem)
 
 
 class AugmentationRecipe(Section):
     """Augmentation of the training images, the same in every level."""
 
     kind: Literal["random_resized_crop", "pad_crop", "center_crop"] = "random_resized_crop"
-    """How the square of image_size pixels is cut from an image."""
+    """How image_size pixels are cut from an image."""
     scale: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = (0.2, 1.0)
     """Smallest and largest share of the area kept; random_resized_crop only."""
     padding: NonNegativeInt = 4

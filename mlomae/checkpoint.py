@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 import mlomae
@@ -35,12 +34,23 @@ from mlomae._checkpoint_writer import Writer, save_engine
 from mlomae.engines import TrainingLevel
 from mlomae.errors import UserError
 from mlomae.recipe import Recipe, differing_keys, dump_recipe, load_recipe
-from mlomae.weights import MASKING_FILE, MODEL_FILE, RECIPE_FILE, complete_checkpoints
+from mlomae.weights import (
+    MASKING_FILE,
+    MODEL_FILE,
+    RECIPE_FILE,
+    complete_checkpoints,
+    save_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _TAG = "engine"  # DeepSpeed wants a folder name inside each level's folder
+# what unpickling a damaged file raises, among others
+_UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, EOFError, UnpicklingError, MemoryError),
+    *(ArithmeticError, AttributeError, ImportError, LookupError, TypeError),
+)
 _WEIGHTS = {"pretrain": MODEL_FILE, "mask": MASKING_FILE}
 
 
@@ -84,7 +94,7 @@ def save(
         if name in _WEIGHTS:
             weights = _full_weights(level)
             if rank == 0:
-                writer.attempt(save_file, weights, partial / _WEIGHTS[name])
+                writer.attempt(save_tensors, weights, partial / _WEIGHTS[name])
     writer.attempt(torch.save, _random_state(), partial / f"random_{rank:05d}.pt")
     if rank == 0:
         writer.attempt((partial / RECIPE_FILE).write_text, dump_recipe(recipe))
@@ -130,7 +140,7 @@ def load(folder: Path, levels: dict[str, TrainingLevel], recipe: Recipe) -> Prog
             )
         try:
             level.engine.load_checkpoint(str(newest / name), tag=_TAG)
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        except _UNREADABLE as error:
             reason = " ".join(str(error).split())[:200]
             raise _unreadable(newest, f"{name}: {reason}") from None
         level.num_steps = saved["num_steps"]

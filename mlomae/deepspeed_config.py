@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlomae._recipe_schema import flatten
 from mlomae.errors import UserError
 from mlomae.recipe import LevelRecipe, Recipe
@@ -146,6 +148,11 @@ def _stage(config: Mapping[str, Any]) -> Any:
 
 def _is_enabled(config: Mapping[str, Any], *names: str) -> bool:
     return _section(config, *names).get("enabled") not in (None, False, "auto")
+
+
+def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The precision of forward and backward passes on the engines of a JSON."""
+    return torch.bfloat16 if _is_enabled(config, *_BF16) else torch.float32
 
 
 def _check_stage_and_precision(config: dict[str, Any]) -> None:

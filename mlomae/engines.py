@@ -32,7 +32,8 @@ class TrainingLevel:
         name: `pretrain`, `classifier` or `mask`.
         level: the hypergradient library's view of it, with its loss.
         engine: the DeepSpeed engine.
-        num_steps: optimizer steps taken or skipped; sizes the schedule's position.
+        total_steps: optimizer steps of the whole run; sizes the schedules.
+        num_steps: optimizer steps taken or skipped so far.
         loss, grad_norm, lr: of the latest step, on this rank (the norm is global).
     """
 
@@ -42,6 +43,7 @@ class TrainingLevel:
         self.name = level.name
         self.level = level
         self.engine = level.model
+        self.total_steps = total_steps
         self.num_steps = 0
         self.num_skipped = 0
         self.loss = self.grad_norm = self.lr = math.nan
@@ -158,5 +160,7 @@ def build_optimizer(module: nn.Module, recipe: LevelRecipe) -> torch.optim.Optim
     else:
         groups = param_groups_weight_decay(module, recipe.weight_decay)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps)
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps, fused=True
+    )

@@ -22,7 +22,7 @@ from mlomae._ranks import launched_world_size, report, set_up_logging, start_ran
 from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from mlomae.engines import NonFiniteError, TrainingLevel
 from mlomae.errors import UserError
-from mlomae.mae import hashed
+from mlomae.randomness import hashed
 from mlomae.recipe import Recipe, load_recipe
 from mlomae.train import Plan, build_levels
 

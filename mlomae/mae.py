@@ -1,33 +1,46 @@
-"""Plain MAE: one level, random masks."""
+"""Plain MAE: one level, masks that nothing learns."""
 
-import hashlib
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlomae.engines import TrainingLevel
 from mlomae.hypergrad.losses import Models
-from mlomae.models import Scorer, random_scores, reconstruction_loss
+from mlomae.masks import MaskedBatch, MaskSchedule
+from mlomae.models import Scorer, block_scores, random_scores, reconstruction_loss
+from mlomae.recipe import Recipe
+
+MakeScorer = Callable[[torch.Generator, int], Scorer]
+"""From a generator and the number of visible patches to the scores of a batch."""
 
 
-class RandomReconstruction:
-    """The mean loss of randomly hidden patches (He et al., arXiv 2111.06377).
+def baseline_scorer(recipe: Recipe) -> MakeScorer:
+    """The masks of a recipe without a masking network: random, or block-wise."""
+    if recipe.masking.network == "random":
+        return lambda generator, num_keep: random_scores(generator)
+    rows, columns = recipe.model.grid_size
+    return lambda generator, num_keep: block_scores(
+        (rows, columns), rows * columns - num_keep, generator
+    )
 
-    Masks are a function of (seed, rank, draw), so resuming restores no generator; the draws are
-    counted by micro-batch.
+
+class BaselineReconstruction:
+    """The mean loss of the hidden patches (He et al., arXiv 2111.06377).
+
+    Attributes:
+        mask: [B, N], of the latest micro-batch.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.draw = 0
-        self.mask: Tensor  # [B, N], of the latest micro-batch
+    mask: Tensor
 
-    def __call__(self, models: Models, images: Tensor) -> Tensor:
-        generator = torch.Generator(images.device)
-        generator.manual_seed(hashed(self.seed, dist.get_rank(), self.draw))
-        self.draw += 1
-        out = models["pretrain"](images, scorer=random_scores(generator))
+    def __init__(self, make_scorer: MakeScorer) -> None:
+        self.make_scorer = make_scorer
+
+    def __call__(self, models: Models, batch: MaskedBatch) -> Tensor:
+        assert batch.num_keep is not None
+        scorer = self.make_scorer(batch.generator(), batch.num_keep)
+        out = models["pretrain"](batch.images, scorer=scorer, num_keep=batch.num_keep)
         self.mask = out["mask"]
         return reconstruction_loss(out["patch_loss"], out["mask"])
 
@@ -35,14 +48,15 @@ class RandomReconstruction:
 class Mae:
     """MAE pretraining on DeepSpeed."""
 
-    scores: Tensor | None = None  # random, so there is nothing to watch
+    scores: Tensor | None = None  # not learned, so there is nothing to watch
 
-    def __init__(self, pretrain: TrainingLevel) -> None:
+    def __init__(self, pretrain: TrainingLevel, *, schedule: MaskSchedule) -> None:
         self.pretrain = pretrain
+        self.schedule = schedule
 
     @property
-    def _loss(self) -> RandomReconstruction:
-        loss: RandomReconstruction = self.pretrain.level.loss
+    def _loss(self) -> BaselineReconstruction:
+        loss: BaselineReconstruction = self.pretrain.level.loss
         return loss
 
     @property
@@ -50,18 +64,17 @@ class Mae:
         """How often each patch was hidden in the latest step, [N]."""
         return self._loss.mask.mean(dim=0)
 
+    @property
+    def num_keep(self) -> int | None:
+        """Visible patches of an image in the next step."""
+        return self.schedule.num_keep(self.pretrain.num_steps)
+
     def pretrain_step(self, micro_batches: list[Tensor]) -> None:
         """One step on images [B, C, H, W], as many micro-batches as the level accumulates."""
-        self._loss.draw = self.pretrain.num_steps * len(micro_batches)
-        self.pretrain.step(*micro_batches)
+        self.pretrain.step(*self.schedule.batches(micro_batches, self.pretrain.num_steps))
 
     def picture_scorer(self) -> Scorer:
-        """Scores images for a picture: random, the same on all ranks."""
-        device = self.pretrain.engine.device
-        return random_scores(torch.Generator(device).manual_seed(self._loss.seed))
-
-
-def hashed(*parts: int) -> int:
-    """A 63-bit seed from several numbers, far from the seed of any neighbour."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+        """Scores images for a picture: the same on all ranks."""
+        generator = torch.Generator(self.pretrain.engine.device).manual_seed(self.schedule.seed)
+        assert self.num_keep is not None
+        return self._loss.make_scorer(generator, self.num_keep)

@@ -4,6 +4,8 @@ Source: Guo et al., "Downstream Task Guided Masking Learning in Masked Autoencod
 Multi-Level Optimization", arXiv 2402.18128.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -12,8 +14,8 @@ from torch import Tensor
 from mlomae.engines import TrainingLevel
 from mlomae.hypergrad import Estimator, Multilevel, WeightedLoss
 from mlomae.hypergrad.losses import Models
-from mlomae.models import Scorer
-from mlomae.models.precision import at_least_float32
+from mlomae.masks import MaskedBatch, MaskSchedule, Weighting, loss_weights
+from mlomae.models import Scorer, gumbel_keys
 
 
 class Choice(NamedTuple):
@@ -22,13 +24,14 @@ class Choice(NamedTuple):
     embedding: Tensor  # [B, N, D], detached from the encoder: frozen scores
     scores: Tensor  # [B, N]
     mask: Tensor  # [B, N]: 1 where the patch was hidden
+    restore: Tensor  # [B, N]: each patch's place in the order of rising keys
 
 
-class WeightedReconstruction(WeightedLoss):
-    """Level 1: the mean loss of the hidden patches, each weighted by its score.
+class FrozenReconstruction(WeightedLoss):
+    """Level 1: the loss of the hidden patches, each weighted by its score.
 
     The masking network's input is detached from the encoder, so w meets theta only in the weights
-    of the patch losses (equation 1; the divisor counts hidden patches, as the public code has it).
+    of the patch losses (equation 1 of arXiv 2402.18128).
 
     Attributes:
         choice: of the latest micro-batch.
@@ -36,21 +39,85 @@ class WeightedReconstruction(WeightedLoss):
 
     choice: Choice
 
-    def __init__(self) -> None:
+    def __init__(self, weighting: Weighting = "published") -> None:
         super().__init__(self._losses, self._weights)
+        self.weighting = weighting
 
     def _losses(
-        self, models: Models, images: Tensor, frozen: Choice | None = None
+        self, models: Models, batch: MaskedBatch, frozen: Choice | None = None
     ) -> tuple[Tensor, Choice]:
-        """Loss of every patch [B, N] of images [B, C, H, W], and the choice of the hidden ones."""
-        scorer: Scorer = models["mask"] if frozen is None else lambda _: frozen.scores
-        out = models["pretrain"](images, scorer=scorer)
-        self.choice = Choice(out["embedding"], out["scores"].detach(), out["mask"])
+        """Loss of every patch [B, N], and the choice of the hidden ones."""
+        scorer = _Selection(models["mask"], batch) if frozen is None else _Replay(frozen)
+        out = models["pretrain"](batch.images, scorer=scorer, num_keep=batch.num_keep)
+        scores = scorer.scores.detach()
+        self.choice = Choice(out["embedding"], scores, out["mask"], out["restore"])
         return out["patch_loss"], self.choice
 
-    @staticmethod
-    def _weights(models: Models, choice: Choice) -> Tensor:
-        return at_least_float32(models["mask"](choice.embedding)) * choice.mask / choice.mask.sum()
+    def _weights(self, models: Models, choice: Choice) -> Tensor:
+        return loss_weights(models["mask"](choice.embedding), choice.mask, self.weighting)
+
+
+class CoupledReconstruction:
+    """Level 1 as the public code has it: w also moves the scores, which read its embedding.
+
+    That second route lets the encoder lower its loss by making hard patches look unimportant; the
+    paper does not intend it. The choice of hidden patches is that of the step itself in every
+    derivative.
+
+    Attributes:
+        choice: of the latest micro-batch.
+    """
+
+    choice: Choice
+
+    def __init__(self, weighting: Weighting = "published") -> None:
+        self.weighting = weighting
+
+    def __call__(self, models: Models, batch: MaskedBatch) -> Tensor:
+        scorer = _Selection(models["mask"], batch)
+        out = models["pretrain"](batch.images, scorer=scorer, num_keep=batch.num_keep, coupled=True)
+        if not batch.chosen:
+            self.choice = Choice(
+                out["embedding"], scorer.scores.detach(), out["mask"], out["restore"]
+            )
+            if batch.chosen is not None:
+                batch.chosen.append(out["restore"])
+        return (loss_weights(scorer.scores, out["mask"], self.weighting) * out["patch_loss"]).sum()
+
+
+class _Selection:
+    """Scores patches, and orders them by score or by a Gumbel draw around it.
+
+    Attributes:
+        scores: [B, N], of the masking network.
+    """
+
+    scores: Tensor
+
+    def __init__(self, network: Scorer, batch: MaskedBatch) -> None:
+        self.network = network
+        self.batch = batch
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        """Embeddings [B, N, D] -> keys [B, N], of which the largest are hidden."""
+        self.scores = self.network(embedding)
+        if self.batch.chosen:
+            return self.batch.chosen[0].to(self.scores.dtype)
+        if not self.batch.temperature:
+            return self.scores
+        return gumbel_keys(self.scores.detach(), self.batch.temperature, self.batch.generator())
+
+
+class _Replay:
+    """Repeats a choice."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.scores = choice.scores
+        self.keys = choice.restore.to(choice.scores.dtype)
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        """Keys [B, N] that order the patches as they were."""
+        return self.keys
 
 
 def classification_loss(models: Models, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -68,7 +135,17 @@ LEVELS: dict[str, dict[str, Any]] = {
     "classifier": {"loss": classification_loss, "lower": ("pretrain",)},
     "mask": {"loss": classification_loss, "lower": ("pretrain", "classifier")},
 }
-"""What each level's loss is and reads; `pretrain` gets a `WeightedReconstruction` of its own."""
+"""What each level's loss is and reads; `pretrain` gets a reconstruction loss of its own."""
+
+
+@contextmanager
+def _evaluating(*levels: TrainingLevel) -> Iterator[None]:
+    """The levels' modules without dropout and dropped paths."""
+    for level in levels:
+        level.engine.module.eval()
+    yield
+    for level in levels:
+        level.engine.module.train()
 
 
 class MloMae:
@@ -80,6 +157,7 @@ class MloMae:
     Args:
         estimator: of the hypergradient by theta.
         keep_activations: as `Multilevel` has it.
+        schedule: of mask ratio and temperature; None for the model's ratio and top-k.
 
     Raises:
         ValueError: the estimator cannot work with these levels; says why, and the mend.
@@ -93,16 +171,18 @@ class MloMae:
         *,
         estimator: Estimator,
         keep_activations: bool = True,
+        schedule: MaskSchedule | None = None,
     ) -> None:
         self.pretrain = pretrain
         self.classifier = classifier
         self.mask = mask
+        self.schedule = schedule or MaskSchedule()
         levels = [level.level for level in (pretrain, classifier, mask)]
         self.problem = Multilevel(levels, estimator=estimator, keep_activations=keep_activations)
 
     @property
     def _choice(self) -> Choice:
-        loss: WeightedReconstruction = self.pretrain.level.loss
+        loss: FrozenReconstruction | CoupledReconstruction = self.pretrain.level.loss
         return loss.choice
 
     @property
@@ -115,17 +195,23 @@ class MloMae:
         """Scores of the latest encoder step, [B, N]."""
         return self._choice.scores
 
+    @property
+    def num_keep(self) -> int | None:
+        """Visible patches of an image in the next step; None for the model's own number."""
+        return self.schedule.num_keep(self.pretrain.num_steps)
+
     def pretrain_step(self, micro_batches: list[Tensor]) -> None:
         """Level 1: one step of w.
 
         Args:
             micro_batches: images [B, C, H, W], as many as the level accumulates.
         """
-        self.pretrain.step(*micro_batches)
+        self.pretrain.step(*self.schedule.batches(micro_batches, self.pretrain.num_steps))
 
     def classifier_step(self, images: Tensor, labels: Tensor) -> None:
         """Level 2: one step of C on the features of the encoder, which stays as it is."""
-        self.classifier.step((images, labels))
+        with _evaluating(self.pretrain):  # a frozen encoder drops no path
+            self.classifier.step((images, labels))
 
     def mask_step(self, images: Tensor, labels: Tensor) -> None:
         """Level 3: one step of theta along the hypergradient of the validation loss.
@@ -134,14 +220,13 @@ class MloMae:
         """
         lower = [self.pretrain.level, self.classifier.level]
         if all(level.is_recorded for level in lower):
-            module = self.classifier.engine.module.eval()  # the validation loss sees no dropout
-            found = self.problem.hypergradient("mask", (images, labels))
-            module.train()
+            with _evaluating(self.pretrain, self.classifier):
+                found = self.problem.hypergradient("mask", (images, labels))
             self.mask.step_along(found)
         else:
             self.mask.skip("a step below it was skipped")
         self.problem.clear()
 
     def picture_scorer(self) -> Scorer:
-        """Scores images for a picture, as training would."""
+        """Scores images for a picture, without the noise of a draw."""
         return self.mask

@@ -79,9 +79,11 @@ class Monitor:
     Args:
         folder: the run's output_dir.
         cycle: records of later cycles, left by a launch that was killed, are dropped.
+        grid_size: rows and columns of `masking/frequency`; None for a square.
     """
 
-    def __init__(self, folder: Path, cycle: int) -> None:
+    def __init__(self, folder: Path, cycle: int, grid_size: tuple[int, int] | None = None) -> None:
+        self.grid_size = grid_size
         self.writer: SummaryWriter | None = None
         if dist.get_rank() == 0:
             _drop_later_records(folder / METRICS_FILE, cycle)
@@ -98,7 +100,7 @@ class Monitor:
             if isinstance(value, (int, float)) and name != "cycle":
                 self.writer.add_scalar(name, value, record["cycle"])
         if frequency := record.get("masking/frequency"):
-            self.picture("masking/frequency", _heat_map(frequency), record["cycle"])
+            self.picture("masking/frequency", _heat_map(frequency, self.grid_size), record["cycle"])
 
     def picture(self, name: str, image: np.ndarray, cycle: int) -> None:
         """Show an image, uint8 [H, W, 3], in TensorBoard."""
@@ -139,9 +141,9 @@ def _drop_later_records(file: Path, cycle: int) -> None:
     os.replace(partial, file)
 
 
-def _heat_map(values: list[float], cell: int = 12) -> np.ndarray:
-    """Patch values in [0, 1] as a square picture, dark to bright."""
+def _heat_map(values: list[float], grid_size: tuple[int, int] | None, cell: int = 12) -> np.ndarray:
+    """Patch values in [0, 1] as a picture of the grid, dark to bright."""
     side = math.isqrt(len(values))
-    grid = np.asarray(values).reshape(side, side).clip(0, 1) * 255
+    grid = np.asarray(values).reshape(grid_size or (side, side)).clip(0, 1) * 255
     cells = grid.astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
     return np.stack([cells] * 3, axis=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mlomae.models import MaskedAutoencoder
 from mlomae.models.mae import Reconstruction
 
-CELL = 112  # pixels per shown image; small inputs are enlarged without smoothing
+CELL = 112  # longer side of a shown image, pixels; small inputs are enlarged without smoothing
 GAP = 4
 LOW, MIDDLE, HIGH = (30, 30, 90), (190, 60, 110), (255, 225, 120)  # score colours, dark to bright
 
@@ -30,7 +30,7 @@ def mask_picture(
 
     Args:
         model: gives the patch geometry; its weights are not used.
-        images: [B, C, S, S], normalised by mean and std.
+        images: [B, 3, height, width], normalised by mean and std.
         out: what the model's masked forward pass returned for them.
 
     Returns:
@@ -44,7 +44,7 @@ def mask_picture(
     hidden = out["mask"][..., None].to(pixels.dtype)
     columns = [
         _to_bytes(images, mean, std),
-        _score_map(model, out["scores"], images.shape[-1]),
+        _score_map(model, out["scores"]),
         _to_bytes(model.unpatchify(pixels * (1 - hidden)), mean, std),
         _to_bytes(model.unpatchify(pixels * (1 - hidden) + prediction * hidden), mean, std),
     ]
@@ -57,14 +57,14 @@ def save_picture(picture: np.ndarray, path: str) -> None:
 
 
 def _to_bytes(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """[B, 3, S, S] normalised -> uint8 [B, S, S, 3]."""
+    """[B, 3, height, width] normalised -> uint8 [B, height, width, 3]."""
     scale, shift = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (std, mean))
     pixels = (images.float() * scale + shift).clamp(0, 1) * 255
     return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _score_map(model: MaskedAutoencoder, scores: Tensor, size: int) -> np.ndarray:
-    """Scores [B, N] -> uint8 [B, S, S, 3], coloured by rank within the image."""
+def _score_map(model: MaskedAutoencoder, scores: Tensor) -> np.ndarray:
+    """Scores [B, N] -> uint8 [B, height, width, 3], coloured by rank within the image."""
     order = scores.argsort(dim=1, stable=True)  # as the model breaks ties
     ranks = order.argsort(dim=1).float() / (scores.shape[1] - 1)
     stops = torch.tensor([LOW, MIDDLE, HIGH], dtype=torch.float32, device=ranks.device)
@@ -76,12 +76,14 @@ def _score_map(model: MaskedAutoencoder, scores: Tensor, size: int) -> np.ndarra
 
 
 def _grid(columns: list[np.ndarray]) -> np.ndarray:
-    factor = max(1, CELL // columns[0].shape[1])
+    """Columns of uint8 [B, height, width, 3] -> one picture, with white gaps."""
+    factor = max(1, CELL // max(columns[0].shape[1:3]))
     enlarged = [c.repeat(factor, axis=1).repeat(factor, axis=2) for c in columns]
-    rows, side = enlarged[0].shape[:2]
-    canvas = np.full((rows * (side + GAP) + GAP, 4 * (side + GAP) + GAP, 3), 255, np.uint8)
+    rows, height, width = enlarged[0].shape[:3]
+    shape = (rows * (height + GAP) + GAP, len(columns) * (width + GAP) + GAP, 3)
+    canvas = np.full(shape, 255, np.uint8)
     for x, column in enumerate(enlarged):
         for y, image in enumerate(column):
-            top, left = GAP + y * (side + GAP), GAP + x * (side + GAP)
-            canvas[top : top + side, left : left + side] = image
+            top, left = GAP + y * (height + GAP), GAP + x * (width + GAP)
+            canvas[top : top + height, left : left + width] = image
     return canvas

@@ -20,17 +20,20 @@ from pydantic import NonNegativeInt, PositiveFloat, ValidationError, model_valid
 from typing_extensions import Self
 
 from mlomae._recipe_schema import (
+    NETWORKS,
     PRESET_SIZES,
     AugmentationRecipe,
     CheckpointRecipe,
     ClassifierRecipe,
     DataRecipe,
     FilePath,
+    FilePaths,
     HypergradientRecipe,
     LevelRecipe,
     MaskingRecipe,
     ModelRecipe,
     MonitorRecipe,
+    Names,
     Refusal,
     Section,
     flatten,
@@ -75,8 +78,13 @@ class Recipe(Section):
     # 100 passes of the encoder over its images, so they are written `epochs: 100` here.
     epochs: PositiveFloat
     """Passes of the encoder over its training images, whatever steps_per_cycle is."""
+    init_from: FilePaths = ()
+    """Weights that encoder and decoder start from: a file or folder, or several that make one
+    model: published MAE and MAE-CT files, timm, Hugging Face, a run of this project."""
+    init_from_expected: Names = ()
+    """Names which may be missing from init_from or left over, with * for any text."""
     model: ModelRecipe
-    masking: MaskingRecipe = MaskingRecipe()
+    masking: MaskingRecipe
     data: DataRecipe
     pretrain: LevelRecipe
     classifier: ClassifierRecipe | None = None
@@ -90,6 +98,17 @@ class Recipe(Section):
         """The levels which the method trains, by name, lowest first."""
         levels = {"pretrain": self.pretrain, "classifier": self.classifier, "mask": self.mask}
         return {name: level for name, level in levels.items() if level is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_network(cls, values: Any) -> Any:
+        """Give the masking section the default network of the method."""
+        if not isinstance(values, dict) or values.get("method") not in NETWORKS:
+            return values
+        masking = values.get("masking") or {}
+        if not isinstance(masking, dict) or masking.get("network") is not None:
+            return values
+        return {**values, "masking": {**masking, "network": NETWORKS[values["method"]][0]}}
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
@@ -141,14 +160,20 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_masking(self) -> Self:
-        num_patches, ratio = self.model.num_patches, self.masking.mask_ratio
-        num_kept = int(num_patches * (1 - ratio))
-        if not 0 < num_kept < num_patches:
-            problem = (
-                f"is {ratio}, which keeps {num_kept} of {num_patches} patches: change it or "
-                "model.patch_size so that at least one patch is kept and one is hidden"
-            )
-            raise Refusal("masking.mask_ratio", problem)
+        network, known = self.masking.network, NETWORKS[self.method]
+        if network not in known:
+            problem = f"is {network}, but method {self.method} has {' and '.join(known)}: use one"
+            raise Refusal("masking.network", problem)
+        try:
+            self.masking.check_ratios(self.model.num_patches)
+        except Refusal as refusal:
+            raise Refusal(f"masking.{refusal.key}", refusal.problem) from None
+        return self
+
+    @model_validator(mode="after")
+    def _check_init_from(self) -> Self:
+        if self.init_from_expected and not self.init_from:
+            raise Refusal("init_from_expected", "is given without init_from: add or remove one")
         return self
 
 
@@ -268,7 +293,7 @@ def _describe(error: ValidationError) -> tuple[str, str]:
         return ".".join([*names, refusal.key]), refusal.problem
     key, value = ".".join(names), json.dumps(first["input"], default=str)
     text = _help_texts(Recipe).get(re.sub(r"\.\d+$", "", key))
-    meaning = f" ({text.rstrip('.')})" if text else ""
+    meaning = f" ({' '.join(text.rstrip('.').split())})" if text else ""
     if first["type"] == "missing":
         return key, f"is missing: add it{meaning}"
     if first["type"] == "model_type":

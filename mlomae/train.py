@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 
 from data_ffcv import (
@@ -32,15 +33,30 @@ from mlomae._ranks import (
     set_up_logging,
     start_ranks,
 )
-from mlomae.deepspeed_config import check_deepspeed_config, level_config, load_deepspeed_config
+from mlomae.deepspeed_config import (
+    check_deepspeed_config,
+    compute_dtype,
+    level_config,
+    load_deepspeed_config,
+)
 from mlomae.engines import NonFiniteError, TrainingLevel, build_level
 from mlomae.errors import UserError
 from mlomae.estimators import build_estimator
-from mlomae.mae import Mae, RandomReconstruction, hashed
-from mlomae.mlo_mae import LEVELS, MloMae, WeightedReconstruction
+from mlomae.foreign import check_weights
+from mlomae.mae import BaselineReconstruction, Mae, baseline_scorer
+from mlomae.masks import MaskSchedule
+from mlomae.mlo_mae import LEVELS, CoupledReconstruction, FrozenReconstruction, MloMae
+from mlomae.models.attention import check_backend
+from mlomae.randomness import hashed
 from mlomae.recipe import Recipe, dump_recipe, load_recipe
 from mlomae.trainer import Stopped, Trainer, count_cycles
-from mlomae.weights import RECIPE_FILE, build_classifier, build_masking_network, build_model
+from mlomae.weights import (
+    RECIPE_FILE,
+    build_classifier,
+    build_masking_network,
+    build_model,
+    load_initial_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +145,28 @@ def make_plan(recipe_path: str, config_path: str, resume: bool, overrides: Seque
                 f"{name}.batch_size is {level.batch_size}, but its stream has {count} images: "
                 "lower it, or give more images"
             )
+    _check_model(recipe, config, resume)
     _check_output_dir(recipe, resume)
     return Plan(recipe, config, recipe_path, config_path, resume, indices, num_images)
+
+
+def _is_continued(recipe: Recipe, resume: bool) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return resume and checkpoint.latest(Path(recipe.output_dir) / "checkpoints") is not None
+
+
+def _check_model(recipe: Recipe, config: dict[str, Any], resume: bool) -> None:
+    """Refuse an attention kernel that cannot run here, and initial weights that do not fit."""
+    check_backend(
+        recipe.model.attention,
+        torch.device(get_accelerator().device_name()),
+        compute_dtype(config),
+        recipe.model.embed_dim // recipe.model.num_heads,
+    )
+    if recipe.init_from and not _is_continued(recipe, resume):
+        with torch.device("meta"):
+            model = build_model(recipe)
+        check_weights(model, recipe.init_from, expected=recipe.init_from_expected)
 
 
 def _check_output_dir(recipe: Recipe, resume: bool) -> None:
@@ -186,8 +222,7 @@ def run(plan: Plan) -> None:
     dist.barrier()  # every rank has passed its checks before the first file is written
     if dist.get_rank() == 0:
         _write_resolved(plan)
-    num_cycles = count_cycles(recipe, plan.num_images)
-    levels = build_levels(plan, num_cycles)
+    levels = build_levels(plan, count_cycles(recipe, plan.num_images))
     # After the engines: their weights are drawn alike on all ranks, dropout is not.
     torch.manual_seed(hashed(recipe.seed, dist.get_rank()))
     progress = None
@@ -211,11 +246,14 @@ def run(plan: Plan) -> None:
 def build_levels(plan: Plan, num_cycles: int) -> dict[str, TrainingLevel]:
     """A DeepSpeed engine for each level of the recipe. All ranks must call."""
     recipe, levels = plan.recipe, {}
+    modules = {name: BUILDERS[name](recipe) for name in recipe.levels}
+    if not _is_continued(recipe, plan.resume):
+        load_initial_weights(modules["pretrain"], recipe)
     for name, level in recipe.levels.items():
         total_steps = num_cycles * level.steps_per_cycle
         levels[name] = build_level(
             name,
-            BUILDERS[name](recipe),
+            modules.pop(name),
             level,
             level_config(
                 plan.deepspeed_config,
@@ -235,9 +273,12 @@ def build_levels(plan: Plan, num_cycles: int) -> dict[str, TrainingLevel]:
 def coupling(recipe: Recipe, name: str) -> dict[str, Any]:
     """Loss of a level, and the levels which it reads."""
     if recipe.method == "mae":
-        return {"loss": RandomReconstruction(recipe.seed)}
-    loss = {"loss": WeightedReconstruction()} if name == "pretrain" else {}
-    return loss | LEVELS[name]
+        return {"loss": BaselineReconstruction(baseline_scorer(recipe))}
+    if name != "pretrain":
+        return LEVELS[name]
+    frozen = recipe.masking.scores == "frozen"
+    reconstruction = FrozenReconstruction if frozen else CoupledReconstruction
+    return LEVELS[name] | {"loss": reconstruction(recipe.masking.weighting)}
 
 
 def build_method(recipe: Recipe, levels: dict[str, TrainingLevel]) -> Mae | MloMae:
@@ -246,14 +287,16 @@ def build_method(recipe: Recipe, levels: dict[str, TrainingLevel]) -> Mae | MloM
     Raises:
         UserError: the recipe's estimator cannot work with these engines.
     """
+    schedule = MaskSchedule.of(recipe, levels["pretrain"].total_steps)
     if recipe.method == "mae":
-        return Mae(**levels)
+        return Mae(**levels, schedule=schedule)
     section = recipe.hypergradient
     try:
         return MloMae(
             **levels,
             estimator=build_estimator(section),
             keep_activations=section.keep_activations,
+            schedule=schedule,
         )
     except ValueError as error:
         raise UserError(

@@ -80,7 +80,9 @@ class Trainer:
             NonFiniteError: the numbers broke down; the last checkpoint is untouched.
         """
         with ExitStack() as stack:
-            monitor = stack.enter_context(Monitor(self.output_dir, self.progress.cycle))
+            monitor = stack.enter_context(
+                Monitor(self.output_dir, self.progress.cycle, self.recipe.model.grid_size)
+            )
             stack.enter_context(self._listening())
             bar = stack.enter_context(_progress_bar())
             task = bar.add_task("", total=self.num_cycles, completed=self.progress.cycle)
@@ -170,7 +172,7 @@ class Trainer:
         pretrain = self.levels["pretrain"]
         scorer = self.method.picture_scorer()
         with torch.no_grad():
-            out = pretrain(self.picture_images, scorer=scorer)
+            out = pretrain(self.picture_images, scorer=scorer, num_keep=self.method.num_keep)
         if dist.get_rank() == 0:
             data, module = self.recipe.data, pretrain.engine.module
             picture = mask_picture(module, self.picture_images, out, data.mean, data.std)

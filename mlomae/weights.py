@@ -4,10 +4,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mlomae.errors import UserError
-from mlomae.models import ClassificationHead, MaskedAutoencoder, MaskingNetwork
+from mlomae.models import (
+    ClassificationHead,
+    LightMaskingNetwork,
+    MaskedAutoencoder,
+    MaskingNetwork,
+)
 from mlomae.recipe import Recipe, load_recipe
 
 MODEL_FILE = "model.safetensors"
@@ -25,12 +30,26 @@ def build_model(recipe: Recipe) -> MaskedAutoencoder:
         )
 
 
-def build_masking_network(recipe: Recipe) -> MaskingNetwork:
-    """An untrained masking network for the recipe's patch grid."""
+def load_initial_weights(model: MaskedAutoencoder, recipe: Recipe) -> None:
+    """Give a new model the weights of the recipe's `init_from`, where it has one.
+
+    Raises:
+        UserError: they cannot be read, or do not fit; the model is unchanged.
+    """
+    from mlomae.foreign import load_weights  # late: it reads runs of this project as well
+
+    if recipe.init_from:
+        load_weights(model, recipe.init_from, expected=recipe.init_from_expected)
+
+
+def build_masking_network(recipe: Recipe) -> MaskingNetwork | LightMaskingNetwork:
+    """An untrained masking network; the published one fits the recipe's patch grid alone."""
+    model, hidden_dim = recipe.model, recipe.masking.hidden_dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
-        model = recipe.model
-        return MaskingNetwork(model.num_patches, model.embed_dim, recipe.masking.hidden_dim)
+        if recipe.masking.network == "light":
+            return LightMaskingNetwork(model.embed_dim, hidden_dim, model.attention)
+        return MaskingNetwork(model.num_patches, model.embed_dim, hidden_dim)
 
 
 def build_classifier(recipe: Recipe) -> ClassificationHead:
@@ -74,18 +93,30 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Recipe]:
         UserError: nothing is there, or the weights are not those of the recipe's model.
     """
     checkpoint = find_checkpoint(path)
-    recipe = load_recipe(checkpoint / RECIPE_FILE)
+    recipe = _anywhere(load_recipe(checkpoint / RECIPE_FILE))
     model = build_model(recipe)
     _load_strictly(model, checkpoint / MODEL_FILE)
     return model.eval(), recipe
 
 
-def load_masking_network(path: str | Path) -> MaskingNetwork:
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file that has the rights of its folder."""
+    save_file(tensors, file, metadata={"format": "pt"})  # Transformers asks for the format
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
+
+
+def load_masking_network(path: str | Path) -> MaskingNetwork | LightMaskingNetwork:
     """The masking network of an `mlo_mae` run or checkpoint folder, on the CPU."""
     checkpoint = find_checkpoint(path)
-    network = build_masking_network(load_recipe(checkpoint / RECIPE_FILE))
+    network = build_masking_network(_anywhere(load_recipe(checkpoint / RECIPE_FILE)))
     _load_strictly(network, checkpoint / MASKING_FILE)
     return network.eval()
+
+
+def _anywhere(recipe: Recipe) -> Recipe:
+    """The recipe without what training alone needs, such as a kernel that only its GPUs have."""
+    changes = {"attention": "auto", "compile_blocks": False, "activation_checkpointing": False}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
 
 
 def _load_strictly(module: torch.nn.Module, file: Path) -> None:

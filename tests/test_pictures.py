@@ -14,18 +14,19 @@ from mlomae.pictures import CELL, GAP, HIGH, LOW, mask_picture, save_picture
 Bytes = NDArray[np.uint8]
 
 MEAN, STD = (0.2, 0.5, 0.8), (0.3, 0.2, 0.1)
-NUM_PATCHES = 16
 
 
-def build(size: int = 28, *, normalise: bool = True) -> MaskedAutoencoder:
+def build(size: int | tuple[int, int] = 28, *, normalise: bool = True) -> MaskedAutoencoder:
+    patch_size = 7 if isinstance(size, tuple) else size // 4
     return MaskedAutoencoder(
-        image_size=size, patch_size=size // 4, embed_dim=8, depth=0, num_heads=1,
+        image_size=size, patch_size=patch_size, embed_dim=8, depth=0, num_heads=1,
         decoder_embed_dim=8, decoder_depth=0, decoder_num_heads=1, norm_pix_loss=normalise,
     )  # fmt: skip
 
 
-def pixels(batch: int, size: int = 28) -> Bytes:
-    return np.random.default_rng(0).integers(256, size=(batch, size, size, 3)).astype(np.uint8)
+def pixels(batch: int, height: int = 28, width: int | None = None) -> Bytes:
+    shape = (batch, height, width or height, 3)
+    return np.random.default_rng(0).integers(256, size=shape).astype(np.uint8)
 
 
 def normalised(values: Bytes) -> Tensor:
@@ -35,7 +36,7 @@ def normalised(values: Bytes) -> Tensor:
 
 def perfect(model: MaskedAutoencoder, images: Tensor) -> Reconstruction:
     """Random scores, and a decoder that makes no error."""
-    scores = torch.rand(len(images), NUM_PATCHES, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(len(images), model.num_patches, generator=torch.Generator().manual_seed(0))
     target = model.patchify(images)
     if model.norm_pix_loss:
         centred = target - target.mean(dim=-1, keepdim=True)
@@ -44,30 +45,32 @@ def perfect(model: MaskedAutoencoder, images: Tensor) -> Reconstruction:
         "patch_loss": torch.zeros_like(scores),
         "mask": (scores.argsort(dim=1).argsort(dim=1) >= 4).float(),
         "scores": scores,
-        "embedding": torch.zeros(len(images), NUM_PATCHES, 8),
+        "restore": scores.argsort(dim=1).argsort(dim=1),
+        "embedding": torch.zeros(len(images), model.num_patches, 8),
         "prediction": target,
     }
 
 
 def cells(picture: Bytes, rows: int) -> NDArray[np.uint8]:
-    """The shown images without gaps, [rows, 4, side, side, 3]; checks that gaps are white."""
-    side = (picture.shape[1] - GAP) // 4 - GAP
+    """The shown images without gaps, [rows, 4, height, width, 3]; checks that gaps are white."""
+    height, width = ((n - GAP) // k - GAP for n, k in zip(picture.shape, (rows, 4), strict=False))
     assert picture.dtype == np.uint8
-    assert picture.shape == (rows * (side + GAP) + GAP, 4 * (side + GAP) + GAP, 3)
+    assert picture.shape == (rows * (height + GAP) + GAP, 4 * (width + GAP) + GAP, 3)
     is_gap = np.ones(picture.shape[:2], dtype=bool)
     shown = []
     for row in range(rows):
         for column in range(4):
-            top, left = (GAP + index * (side + GAP) for index in (row, column))
-            is_gap[top : top + side, left : left + side] = False
-            shown.append(picture[top : top + side, left : left + side])
+            top, left = GAP + row * (height + GAP), GAP + column * (width + GAP)
+            is_gap[top : top + height, left : left + width] = False
+            shown.append(picture[top : top + height, left : left + width])
     assert (picture[is_gap] == 255).all()
-    return np.stack(shown).reshape(rows, 4, side, side, 3)
+    return np.stack(shown).reshape(rows, 4, height, width, 3)
 
 
-def patch_grid(cell: Bytes) -> NDArray[np.uint8]:
-    """[side, side, 3] -> the 16 patches row by row, [16, side/4, side/4, 3]."""
-    return np.stack([part for band in np.split(cell, 4) for part in np.split(band, 4, axis=1)])
+def patch_grid(cell: Bytes, rows: int = 4, columns: int = 4) -> NDArray[np.uint8]:
+    """[height, width, 3] -> the patches row by row, [N, height/rows, width/columns, 3]."""
+    bands = np.split(cell, rows)
+    return np.stack([part for band in bands for part in np.split(band, columns, axis=1)])
 
 
 @pytest.mark.parametrize(("size", "factor"), [(28, 4), (100, 1), (224, 1)])
@@ -125,6 +128,26 @@ def test_score_colours_brighten_with_the_rank(shift):
         ordered = colours[scores.argsort().tolist()]
         assert tuple(ordered[0]) == LOW and tuple(ordered[-1]) == HIGH
         assert (np.diff(ordered.sum(axis=1)) > 0).all()
+
+
+@pytest.mark.parametrize(("height", "width", "factor"), [(14, 49, 2), (28, 21, 4), (35, 140, 1)])
+def test_images_that_are_not_square_keep_their_aspect(height, width, factor):
+    assert factor == max(1, CELL // max(height, width))
+    model, values = build((height, width)), pixels(2, height, width)
+    images = normalised(values)
+    out = perfect(model, images)
+    shown = cells(mask_picture(model, images, out, MEAN, STD), rows=2)
+    assert shown.shape == (2, 4, height * factor, width * factor, 3)
+    assert np.array_equal(shown[:, 0], np.kron(values, np.ones((1, factor, factor, 1), np.uint8)))
+    assert np.array_equal(shown[:, 3], shown[:, 0])  # the prediction is perfect
+    grey = np.round(np.array(MEAN) * 255)
+    for row, mask, scores in zip(shown, out["mask"].tolist(), out["scores"], strict=True):
+        true, colours, seen = (patch_grid(cell, height // 7, width // 7) for cell in row[:3])
+        brightness = colours.sum(axis=-1).astype(int)
+        assert brightness[:, 0, 0].argsort().tolist() == scores.argsort().tolist()
+        assert (brightness == brightness[:, :1, :1]).all()
+        for hidden, part, whole in zip(mask, seen, true, strict=True):
+            assert np.array_equal(part, np.broadcast_to(grey, part.shape) if hidden else whole)
 
 
 def test_a_saved_picture_reads_back(tmp_path):

@@ -53,6 +53,10 @@ def test_shipped_recipe_survives_a_round_trip(name, tmp_path):
         ("output_dir='1e5'", Path("1e5")),
         ("checkpoint.interval_epochs=null", None),
         ("model.norm_pix_loss=false", False),
+        ("model.image_size=35", (35, 35)),
+        ("model.image_size=[35, 14]", (35, 14)),
+        ("init_from=weights.pth", (Path("weights.pth"),)),
+        ("init_from=[encoder.th, decoder.th]", (Path("encoder.th"), Path("decoder.th"))),
     ],
 )
 def test_override_is_applied_and_printed(text, value, tmp_path):
@@ -78,6 +82,31 @@ def test_explicit_sizes_win_over_the_preset_of_the_same_file(tmp_path):
 def test_preset_of_an_override_wins_over_the_sizes_of_the_file():
     model = load_recipe(QUICKSTART, ["model.preset=vit_small", "model.depth=2"]).model
     assert (model.embed_dim, model.depth, model.num_heads) == (384, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "network", "hidden_dim"),
+    [
+        (QUICKSTART, ["masking.hidden_dim=null"], "mlp", 512),
+        (QUICKSTART, ["masking.network=light", "masking.hidden_dim=null"], "light", 128),
+        (QUICKSTART, ["masking.network=light", "masking.hidden_dim=64"], "light", 64),
+        (QUICKSTART, ["masking=null"], "mlp", 512),
+        ("quickstart_mae", [], "random", 512),
+        ("quickstart_mae", ["masking.network=block"], "block", 512),
+    ],
+)
+def test_masking_is_filled_in_by_method_and_network(name, overrides, network, hidden_dim):
+    masking = load_recipe(name, overrides).masking
+    assert (masking.network, masking.hidden_dim) == (network, hidden_dim)
+
+
+@pytest.mark.parametrize(
+    "key", ["selection=gumbel_top_k", "weighting=normalized", "scores=coupled"]
+)
+def test_masks_that_are_not_learned_have_no_such_key(key):
+    name, value = key.split("=")
+    sentence = refusal("quickstart_mae", f"masking.{key}")
+    assert f"masking.{name} is {value}, but network random has no scores" in sentence
 
 
 def test_base_lr_fills_lr():
@@ -106,6 +135,21 @@ REFUSED = {
     "scale": (["data.augmentation.scale=[1, 0.2]"], "augmentation.scale", "[1.0, 0.2]", "rising"),
     "section as value": (["model=vit_base"], "model", '"vit_base"', "section"),
     "patches": (["model.image_size=30"], "model.image_size", "30", "use 28 or 35"),
+    "patches of one side": (["model.image_size=[28, 30]"], "model.image_size", "30", "28 or 35"),
+    "size": (["model.image_size=wide"], "model.image_size", '"wide"', "one number for a square"),
+    "attention": (["model.attention=fast"], "model.attention", "'fast'", "flash_attn, sdpa"),
+    "network of mae": (["masking.network=block"], "masking.network", "mlo_mae", "mlp and light"),
+    "network": (["masking.network=cnn"], "masking.network", '"cnn"', "'light'"),
+    "heads of light": (
+        ["masking.network=light", "masking.hidden_dim=30"],
+        "masking.hidden_dim",
+        "30",
+        "of 4",
+    ),
+    "last ratio": (["masking.mask_ratio_end=0.99"], "masking.mask_ratio_end", "0 of 16"),
+    "cold": (["masking.temperature=2"], "masking.temperature", "top_k draws nothing", "remove"),
+    "expected of nothing": (["init_from_expected=[norm.*]"], "init_from_expected", "without"),
+    "weights": (["init_from=3"], "init_from is 3", "Hugging Face"),
     "heads": (["model.num_heads=5"], "model.embed_dim", "128", "num_heads 5", "multiple of 20"),
     "positions": (["model.embed_dim=6", "model.num_heads=2"], "model.embed_dim", "by 4"),
     "decoder": (["model.decoder_num_heads=7"], "model.decoder_embed_dim", "64", "multiple of 28"),

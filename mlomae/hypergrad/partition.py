@@ -138,7 +138,8 @@ class Partition(ABC):
         for fragment in self.fragments:
             grad = self.gradient_of(fragment)
             if grad is not None:
-                total += grad.double().square().sum().to(self.device)
+                norm = torch.linalg.vector_norm(grad, dtype=torch.float64)  # without a wide copy
+                total += norm.square().to(self.device)
         return math.sqrt(self._sum_over_ranks(total)) / self.loss_scale
 
     def current(self, names: Sequence[str]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 Weights = dict[str, Tensor]
 Models = Mapping[str, Callable[..., Any]]
@@ -156,14 +157,12 @@ def cosine(value: Weights, reference: Weights) -> float:
 
 def to_double(value: Any) -> Any:
     """Copy a nest of lists, tuples and dicts with its floating tensors in float64."""
-    if isinstance(value, Tensor):
-        copied = value.detach().clone()
+
+    def widen(tensor: Tensor) -> Tensor:
+        copied = tensor.detach().clone()
         return copied.double() if copied.is_floating_point() else copied
-    if isinstance(value, dict):
-        return {key: to_double(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([to_double(item) for item in value])
-    return value
+
+    return tree_map_only(Tensor, widen, value)
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:

@@ -1,19 +1,33 @@
-"""The three networks of MLO-MAE: masked autoencoder, masking network, classification head."""
+"""The networks of MLO-MAE: masked autoencoder, masking networks, classification head.
+
+Importing this package adds the autoencoders to timm's registry, `mae_vit_base_patch16` and so on.
+"""
 
 from mlomae.models.classifier import ClassificationHead
-from mlomae.models.mae import (
-    MaskedAutoencoder,
+from mlomae.models.mae import MaskedAutoencoder, reconstruction_loss
+from mlomae.models.masking import (
+    LightMaskingNetwork,
+    MaskingNetwork,
+    Masks,
     Scorer,
+    block_scores,
+    choose_masks,
+    gumbel_keys,
     random_scores,
-    reconstruction_loss,
 )
-from mlomae.models.masking import MaskingNetwork
+from mlomae.models.registry import PRESETS
 
 __all__ = [
+    "PRESETS",
     "ClassificationHead",
+    "LightMaskingNetwork",
     "MaskedAutoencoder",
     "MaskingNetwork",
+    "Masks",
     "Scorer",
+    "block_scores",
+    "choose_masks",
+    "gumbel_keys",
     "random_scores",
     "reconstruction_loss",
 ]

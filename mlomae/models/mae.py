@@ -1,8 +1,7 @@
 """The masked autoencoder: ViT encoder and decoder under the key names of the published weights."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from timm.layers import PatchEmbed
@@ -10,10 +9,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mlomae.models.attention import Attention
+from mlomae.models.masking import Scorer
 from mlomae.models.positions import sincos_positions
 from mlomae.models.precision import at_least_float32
-
-Scorer = Callable[[Tensor], Tensor]
 
 
 class Reconstruction(TypedDict):
@@ -21,6 +20,7 @@ class Reconstruction(TypedDict):
 
     patch_loss: Tensor  # [B, N], float32 or wider: mean squared error of every patch
     mask: Tensor  # [B, N]: 1 where the patch was hidden
+    restore: Tensor  # [B, N]: each patch's place in the order of rising scores
     scores: Tensor  # [B, N]: as the scorer gave them
     embedding: Tensor  # [B, N, D], detached: what the scorer saw
     prediction: Tensor  # [B, N, patch_size**2 * in_chans]
@@ -33,13 +33,29 @@ class MaskedAutoencoder(nn.Module):
     and a parameter when trainable (MLO-MAE), under the same names. DeepSpeed keeps buffers in
     float32 beside bfloat16 parameters, so positions are cast where they are added.
 
+    Args:
+        image_size: height and width in pixels, or the side of a square.
+        mask_ratio: share of the patches that a masked forward pass hides unless told otherwise.
+        norm_pix_loss: standardise each target patch by its own mean and variance.
+        trainable_positions: learn the positions, which start as 2-D sine-cosine tables.
+        drop_path_rate: stochastic depth of the encoder's last block; earlier ones have less,
+            linearly down to 0 at the first (Huang et al., arXiv 1603.09382).
+        global_pool: features are the class token, or the mean of the patch tokens (`avg`).
+        attention: one of `mlomae.models.attention.BACKENDS`.
+        activation_checkpointing: recompute each block in the backward pass.
+        compile_blocks: run each block through `torch.compile`.
+
+    Attributes:
+        image_size, grid_size: (height, width) in pixels and (rows, columns) in patches.
+        num_keep: visible patches at `mask_ratio`.
+
     Source: He et al., arXiv 2111.06377; mask selection by score: Guo et al., arXiv 2402.18128.
     """
 
     def __init__(
         self,
         *,
-        image_size: int = 224,
+        image_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
@@ -52,24 +68,35 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
         trainable_positions: bool = False,
+        drop_path_rate: float = 0.0,
+        global_pool: Literal["token", "avg"] = "token",
+        attention: str = "auto",
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(image_size, patch_size, in_chans, embed_dim)
-        self.patch_size = patch_size
+        self.image_size: tuple[int, int] = self.patch_embed.img_size
+        self.grid_size: tuple[int, int] = self.patch_embed.grid_size
         self.num_patches = self.patch_embed.num_patches
-        self.num_keep = int(self.num_patches * (1 - mask_ratio))
+        self.patch_size, self.in_chans = patch_size, in_chans
+        self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
+        self.mask_ratio = mask_ratio
+        self.num_keep = num_kept(self.num_patches, mask_ratio)
         self.norm_pix_loss = norm_pix_loss
+        self.global_pool = global_pool
         self.activation_checkpointing = activation_checkpointing
         block = partial(
             Block,
             mlp_ratio=mlp_ratio,
             qkv_bias=True,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            attn_layer=Attention,
         )
+        drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads, drop_path=p) for p in drop_path)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
@@ -80,61 +107,87 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
 
-        grid_size = image_size // patch_size
         for name, dim in (("pos_embed", embed_dim), ("decoder_pos_embed", decoder_embed_dim)):
-            table = sincos_positions(dim, grid_size).to(self.cls_token.device)
+            table = torch.empty(1, 1 + self.num_patches, dim)
             if trainable_positions:
                 self.register_parameter(name, nn.Parameter(table))
             else:
                 self.register_buffer(name, table)
-        self._initialise()
+        self.init_weights()
+        for layer in (*self.blocks, *self.decoder_blocks):
+            layer.attn.backend = attention
+            if compile_blocks:
+                layer.compile()
 
-    def _initialise(self) -> None:
-        """MAE's initialisation; the patch projection's bias keeps the framework's default."""
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """MAE's initial values; the patch projection's bias keeps the framework's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | nn.Conv2d):
+                module.reset_parameters()
         projection = self.patch_embed.proj.weight
         nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        for positions in (self.pos_embed, self.decoder_pos_embed):
+            positions.copy_(sincos_positions(positions.shape[-1], self.grid_size))
 
-    def forward(self, images: Tensor, scorer: Scorer | None = None) -> Tensor | Reconstruction:
+    def forward(
+        self,
+        images: Tensor,
+        scorer: Scorer | None = None,
+        *,
+        num_keep: int | None = None,
+        coupled: bool = False,
+    ) -> Tensor | Reconstruction:
         """Masked reconstruction when there is a scorer, features of the whole image otherwise.
 
         Both are reached through `forward`, because only this method runs the gathering hooks of
         a ZeRO-3 engine.
 
         Args:
-            images: [B, in_chans, image_size, image_size], normalised.
-            scorer: maps detached patch embeddings with positions [B, N, D] to scores [B, N]. The
+            images: [B, in_chans, height, width], normalised.
+            scorer: maps patch embeddings with positions [B, N, D] to scores [B, N]. The
                 `N - num_keep` patches with the largest scores are hidden.
+            num_keep: visible patches of each image; None for those of `mask_ratio`.
+            coupled: give the scorer embeddings with their graph, instead of detached ones.
 
         Returns:
-            Without a scorer, the class token after the final norm, [B, D].
+            Without a scorer, pooled features after the final norm, [B, D].
             With one, a `Reconstruction`.
         """
-        patches = self.patch_embed(images.to(self.cls_token.dtype))
-        embedding = patches + self.pos_embed[:, 1:].to(patches.dtype)
         if scorer is None:
-            return self._encode(embedding)[:, 0]
+            tokens = self.forward_features(images)
+            return tokens[:, 0] if self.global_pool == "token" else tokens[:, 1:].mean(dim=1)
 
-        scores = scorer(embedding.detach())
+        embedding = self.embed(images)
+        num_keep = self.num_keep if num_keep is None else num_keep
+        scores = scorer(embedding if coupled else embedding.detach())
         # Selection is piecewise constant in the scores: no gradient passes through it. A learned
         # mask gets its gradient from the weights of the loss alone (arXiv 2402.18128, section 3).
         order = torch.argsort(scores.detach(), dim=1, stable=True)
         restore = torch.argsort(order, dim=1, stable=True)
-        prediction = self._decode(
-            self._encode(_take(embedding, order[:, : self.num_keep])), restore
-        )
+        prediction = self._decode(self._encode(_take(embedding, order[:, :num_keep])), restore)
         return {
             "patch_loss": self._patch_loss(prediction, images),
-            "mask": (restore >= self.num_keep).to(scores.dtype),
+            "mask": (restore >= num_keep).to(scores.dtype),
+            "restore": restore,
             "scores": scores,
             "embedding": embedding.detach(),
             "prediction": prediction,
         }
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> projected patches with their positions [B, N, D], what a scorer sees."""
+        patches = self.patch_embed(images.to(self.cls_token.dtype))
+        return patches + self.pos_embed[:, 1:].to(patches.dtype)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> tokens of the whole image after the final norm, class token first."""
+        return self._encode(self.embed(images))
 
     def _encode(self, tokens: Tensor) -> Tensor:
         """[B, K, D] embedded patches -> [B, 1 + K, D], class token first, after the final norm."""
@@ -173,10 +226,11 @@ class MaskedAutoencoder(nn.Module):
         return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, self.num_patches, -1)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """Inverse of `patchify` for square images."""
-        size, side = self.patch_size, int(self.num_patches**0.5)
-        grid = patches.reshape(patches.shape[0], side, side, size, size, -1)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(grid.shape[0], -1, side * size, side * size)
+        """Inverse of `patchify`, for any number of channels."""
+        size, (rows, columns) = self.patch_size, self.grid_size
+        grid = patches.reshape(patches.shape[0], rows, columns, size, size, -1)
+        grid = grid.permute(0, 5, 1, 3, 2, 4)
+        return grid.reshape(grid.shape[0], -1, rows * size, columns * size)
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -184,15 +238,9 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
     return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def random_scores(generator: torch.Generator) -> Scorer:
-    """The scorer of plain MAE: uniform noise from a generator that the caller owns."""
-
-    def scorer(embedding: Tensor) -> Tensor:
-        return torch.rand(embedding.shape[:2], generator=generator, device=generator.device).to(
-            embedding.device
-        )
-
-    return scorer
+def num_kept(num_patches: int, mask_ratio: float) -> int:
+    """Visible patches of an image, floor(N (1 - mask_ratio)) as published."""
+    return int(num_patches * (1 - mask_ratio))
 
 
 def reconstruction_loss(patch_loss: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,15 +15,14 @@ from tests.data.conftest import smooth_image
 
 @pytest.fixture(scope="module")
 def augment() -> Callable[..., np.ndarray]:
-    """augment(image [H, W, 3], augmentation, num_draws, seed) -> [num_draws, S, S, 3]."""
+    """augment(image [H, W, 3], augmentation, num_draws, seed) -> [num_draws, h, w, 3]."""
     from data_ffcv._decoder import to_settings
     from data_ffcv._kernels import RAW, decode_images
 
     def run(
         image: np.ndarray, augmentation: Augmentation, num_draws: int = 1, seed: int = 0
     ) -> np.ndarray:
-        size = augmentation.image_size
-        out = np.full((num_draws, size, size, 3), 77, np.uint8)
+        out = np.full((num_draws, augmentation.height, augmentation.width, 3), 77, np.uint8)
         height, width, _ = image.shape
 
         row = (0, image.size, RAW, height, width)
@@ -59,6 +59,58 @@ def test_bicubic_equals_pillow(augment, shape: tuple[int, int], image_size: int)
     expected = Image.fromarray(pixels).resize((image_size, image_size), Image.Resampling.BICUBIC)
     difference = augment(pixels, augmentation)[0].astype(int) - np.asarray(expected)
     assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("image_size", [(16, 40), (64, 24), (48, 96)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [(1, 1), (0.8, 0.5)])
+def test_bicubic_to_another_aspect_equals_pillow(
+    augment, shape: tuple[int, int], share: tuple[float, float], image_size: tuple[int, int]
+):
+    """The result's size changes no draw: asking for the box's own size shows what was cut."""
+    pixels = random_pixels(*shape)
+    height, width = (round(side * part) for side, part in zip(shape, share, strict=True))
+    area, aspect = height * width / (shape[0] * shape[1]), width / height
+    settings = {"kind": "random_resized_crop", "scale": (area, area), "ratio": (aspect, aspect)}
+    crops = augment(pixels, Augmentation(image_size=(height, width), **settings), 6)
+    results = augment(pixels, Augmentation(image_size=image_size, **settings), 6)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (height, width, 3))
+    for crop, result in zip(crops, results, strict=True):
+        assert (windows == crop).all(axis=(-3, -2, -1)).any()
+        expected = Image.fromarray(crop).resize(image_size[::-1], Image.Resampling.BICUBIC)
+        assert np.abs(result - np.asarray(expected).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("image_size", [16, 32])
+def test_a_square_pair_is_the_number(augment, image_size: int):
+    pixels, pair = random_pixels(60, 45), (image_size, image_size)
+    for settings in (
+        {"kind": "random_resized_crop", "flip": True},
+        {"kind": "pad_crop", "flip": True},
+    ):
+        single, double = (Augmentation(image_size=size, **settings) for size in (image_size, pair))
+        assert np.array_equal(augment(pixels, single, 20), augment(pixels, double, 20))
+    single = Augmentation("center_crop", image_size, resize=40)
+    double = Augmentation("center_crop", pair, resize=(40, 40))
+    assert np.array_equal(augment(pixels, single), augment(pixels, double))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 75), (41, 96), (37, 71), (20, 90)])
+@pytest.mark.parametrize("resize", [(24, 56), (30, 60), (56, 56)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_non_square_center_crop_equals_pillow(
+    augment, shape: tuple[int, int], resize: tuple[int, int], transpose: bool
+):
+    """The image keeps its aspect and just covers `resize`; exact fractions decide its shape."""
+    shape, resize, size = (pair[::-1] if transpose else pair for pair in (shape, resize, (24, 56)))
+    pixels = random_pixels(*shape)
+    factor = max(Fraction(wanted, side) for wanted, side in zip(resize, shape, strict=True))
+    height, width = (int(side * factor) for side in shape)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    expected = image.crop((left, top, left + size[1], top + size[0]))
+    result = augment(pixels, Augmentation("center_crop", size, resize=resize))[0]
+    assert np.abs(result - np.asarray(expected).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 75), (41, 96)])
@@ -106,6 +158,21 @@ def test_pad_crop_draws_every_offset_and_nothing_else(augment):
     assert min(counts.values()) >= 5 and max(counts.values()) <= 45
 
 
+def test_non_square_pad_crop_draws_every_offset_and_nothing_else(augment):
+    pixels = random_pixels(8, 10) | 1
+    padded = np.pad(pixels, ((2, 2), (2, 2), (0, 0)))
+    windows = {
+        np.ascontiguousarray(padded[y : y + 6, x : x + 12, :][:, ::step]).tobytes(): (y, x, step)
+        for y in range(7)
+        for x in range(3)
+        for step in (1, -1)
+    }
+    augmentation = Augmentation("pad_crop", (6, 12), padding=2, flip=True)
+    counts = Counter(windows[result.tobytes()] for result in augment(pixels, augmentation, 1000))
+    assert len(counts) == 42
+    assert min(counts.values()) >= 8 and max(counts.values()) <= 45
+
+
 def test_flip_mirrors_half_of_the_images(augment):
     pixels = random_pixels(28, 40)
     plain = Augmentation("random_resized_crop", 16)
@@ -117,15 +184,22 @@ def test_flip_mirrors_half_of_the_images(augment):
     assert 160 <= same.sum() <= 240
 
 
-def test_random_resized_crops_have_the_right_area_and_shape(augment):
-    """A gradient image reveals each crop's extent: its value is its position."""
+@pytest.mark.parametrize("image_size", [(64, 64), (32, 64), (64, 16)])
+def test_random_resized_crops_have_the_right_area_and_shape(augment, image_size: tuple[int, int]):
+    """A gradient image reveals each crop's extent: its value is its position.
+
+    The crop's aspect is that of the settings, whatever aspect it is then resized to.
+    """
     size = 256
     ramp = np.zeros((size, size, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(size)[:, None], np.arange(size)
-    augmentation = Augmentation("random_resized_crop", 64, scale=(0.2, 0.6), interpolation="area")
+    height, width = image_size
+    augmentation = Augmentation(
+        "random_resized_crop", image_size, scale=(0.2, 0.6), interpolation="area"
+    )
     crops = augment(ramp, augmentation, 2000).astype(float)
-    extent_y = (crops[:, -1, 0, 0] - crops[:, 0, 0, 0]) * 64 / 63
-    extent_x = (crops[:, 0, -1, 1] - crops[:, 0, 0, 1]) * 64 / 63
+    extent_y = (crops[:, -1, 0, 0] - crops[:, 0, 0, 0]) * height / (height - 1)
+    extent_x = (crops[:, 0, -1, 1] - crops[:, 0, 0, 1]) * width / (width - 1)
     area, ratio = extent_y * extent_x / size**2, extent_x / extent_y
     assert 0.19 < area.min() < 0.22 and 0.58 < area.max() < 0.61
     assert abs(area.mean() - 0.4) < 0.01

@@ -67,6 +67,17 @@ def test_shapes_types_and_normalisation(grey_beton: Path):
     torch.testing.assert_close(images, expected)
 
 
+@pytest.mark.parametrize("kind", ["random_resized_crop", "pad_crop", "center_crop"])
+def test_non_square_images(grey_beton: Path, kind: str):
+    augmentation = Augmentation(kind, (12, 28))
+    images, _ = draw(grey_beton, 1, augmentation)[0]
+    assert images.shape == (40, 3, 12, 28) and images.is_contiguous()
+    (images, _), *_ = open_eval_loader(
+        grey_beton, augmentation=augmentation, batch_size=29, num_workers=2, **UNIT
+    )
+    assert images.shape == (29, 3, 12, 28)
+
+
 def test_workers_do_not_change_a_bit(grey_beton: Path, reference: list[Batch]):
     assert_same(draw(grey_beton, 12, num_workers=2), reference)
 

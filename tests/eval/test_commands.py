@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from data_ffcv import open_eval_loader
 from data_ffcv.convert import convert
 from eval import compare, knn, linear_probe
+from eval.encoders import of_run, of_weights
 from eval.features import ImageSets, eval_augmentation, extract_features
 from mlomae.recipe import dump_recipe, load_recipe
 from mlomae.weights import build_model, load_model
@@ -89,6 +91,8 @@ def test_small_images_are_taken_whole_and_others_cropped(data):
     info = ImageSets(data["train"], data["test"]).train
     assert eval_augmentation(info, 16).resize is None
     assert eval_augmentation(info, 224).resize == 256
+    assert eval_augmentation(info, (16, 16)).resize is None
+    assert eval_augmentation(info, (224, 448)).resize == (256, 512)
 
 
 def test_a_subset_holds_every_class_in_proportion(data):
@@ -132,6 +136,54 @@ def test_compare_gives_each_run_and_the_untrained_encoder(run, data, tmp_path):
     for row, name in zip(rows, ("knn", "knn_untrained"), strict=True):
         alone = json.loads((run / "eval" / f"{name}.json").read_text())
         assert row["knn"]["accuracy"] == alone["accuracy"]
+
+
+@pytest.fixture
+def foreign(run, tmp_path) -> Path:
+    """The run's weights as somebody else would hand them on: without a recipe."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    weights = run / "checkpoints" / "step_00000007" / "model.safetensors"
+    shutil.copy(weights, folder / "model.safetensors")
+    heads = {"num_attention_heads": 4, "decoder_num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps(heads))
+    return folder
+
+
+def test_other_peoples_weights_are_evaluated_without_a_recipe(run, foreign, data, tmp_path):
+    ours, theirs = of_run(run).model, of_weights([foreign]).model.eval()
+    images = torch.rand(3, 3, 16, 16)
+    assert torch.equal(ours(images), theirs(images))
+    pooled = of_weights([foreign], global_pool="avg", image_size=32).model.eval()
+    tokens = pooled.forward_features(torch.rand(1, 3, 32, 32))
+    assert (tokens.shape, pooled.global_pool) == ((1, 65, 16), "avg")
+
+    file = tmp_path / "knn.json"
+    flags = ["--train", data["train"], "--test", data["test"], "--output", str(file)]
+    assert knn.main([*flags, "--init_from", str(foreign)]) == 0
+    result = json.loads(file.read_text())
+    assert result["accuracy"] > 0.9 and result["init_from"] == [str(foreign)]
+
+    assert compare.main([*flags, str(run), "--init_from", str(foreign)]) == 0
+    rows = json.loads(file.read_text())["encoders"]
+    assert [row["encoder"] for row in rows] == ["mlo_mae", "mae", "untrained"]
+    assert rows[1]["init_from"] == [str(foreign)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "--output is missing"),
+        (["--untrained"], "give --checkpoint instead of --init_from"),
+        (["--output=x.json", "--init_from=nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_bad_flags_for_other_peoples_weights(foreign, data, capsys, flags, sentence):
+    argv = ["--train", data["train"], "--test", data["test"], "--init_from", str(foreign)]
+    if any(flag.startswith("--init_from") for flag in flags):
+        argv = argv[:-2]
+    assert knn.main([*argv, *flags]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

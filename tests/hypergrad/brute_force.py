@@ -99,6 +99,9 @@ class MloMaeProblem:
     mask_batch: tuple[Tensor, Tensor]
     # What each micro-batch's patches were ordered by; rounding may order them otherwise here.
     selection: list[Tensor] | None = None
+    coupled: bool = False  # the scores see the encoder's weights
+    normalized: bool = False  # the loss is divided by the hidden patches' scores
+    seed: int = 0  # of the paths that the encoder's step drops
 
     def hypergradient(self) -> Weights:
         """dF/dtheta of F = L3(E+, C+), by autograd through both steps."""
@@ -108,8 +111,11 @@ class MloMaeProblem:
         with sdpa_kernel(SDPBackend.MATH):
             selection = self.selection or [None] * len(self.pretrain_batches)
             pairs = zip(self.pretrain_batches, selection, strict=True)
+            torch.manual_seed(self.seed)
+            self.mae.train()
             loss = torch.stack([self._pretrain_loss(weights, theta, *p) for p in pairs]).mean()
             new_weights = step(weights, loss, self.pretrain_state)
+            self.mae.eval()
             head_loss = self._classifier_loss(new_weights, head, *self.classifier_batch)
             new_head = step(head, head_loss, self.classifier_state)
             outer = self._classifier_loss(new_weights, new_head, *self.mask_batch)
@@ -118,16 +124,24 @@ class MloMaeProblem:
     def _pretrain_loss(
         self, weights: Weights, theta: Weights, images: Tensor, selection: Tensor | None
     ) -> Tensor:
-        def score(embedding: Tensor) -> Tensor:
-            # The network rounds its scores to float32; the reference does not.
-            hidden = torch.relu(embedding.flatten(1) @ theta["fc1.weight"].T + theta["fc1.bias"])
-            return torch.sigmoid(hidden @ theta["fc2.weight"].T + theta["fc2.bias"])
+        seen: list[Tensor] = []
 
-        order_by = score if selection is None else lambda _: selection
-        out = functional_call(self.mae, weights, (images, order_by))
+        def order_by(embedding: Tensor) -> Tensor:
+            seen.append(embedding if self.coupled else embedding.detach())
+            return self._score(theta, seen[0]) if selection is None else selection
+
+        out = functional_call(self.mae, weights, (images, order_by), {"coupled": self.coupled})
         hidden_patches = out["mask"].bool()
-        weighted = out["patch_loss"] * score(out["embedding"])
-        return weighted[hidden_patches].sum() / hidden_patches.sum()
+        scores = self._score(theta, seen[0])
+        total = (out["patch_loss"] * scores)[hidden_patches].sum()
+        return total / (scores[hidden_patches].sum() if self.normalized else hidden_patches.sum())
+
+    def _score(self, theta: Weights, embedding: Tensor) -> Tensor:
+        if "fc1.weight" not in theta:
+            return functional_call(self.masking.double(), theta, (embedding,))
+        # The network rounds its scores to float32; the reference does not.
+        hidden = torch.relu(embedding.flatten(1) @ theta["fc1.weight"].T + theta["fc1.bias"])
+        return torch.sigmoid(hidden @ theta["fc2.weight"].T + theta["fc2.bias"])
 
     def _classifier_loss(
         self, weights: Weights, head: Weights, images: Tensor, labels: Tensor

@@ -14,7 +14,9 @@ from torch import Tensor
 from mlomae.engines import TrainingLevel, build_level
 from mlomae.hypergrad import Level, Unrolled
 from mlomae.hypergrad.partition import view
-from mlomae.mlo_mae import LEVELS, MloMae, WeightedReconstruction
+from mlomae.masks import MaskSchedule
+from mlomae.mlo_mae import LEVELS, CoupledReconstruction, FrozenReconstruction, MloMae
+from mlomae.models import LightMaskingNetwork
 from mlomae.recipe import LevelRecipe
 from tests.hypergrad.brute_force import (
     MloMaeProblem,
@@ -50,11 +52,20 @@ def build(
     micro: int = 1,
     dropout: float = 0.0,
     trainable_positions: bool = True,
+    coupled: bool = False,
+    normalized: bool = False,
+    light: bool = False,
+    temperature: float = 0.0,
 ) -> tuple[MloMae, list[torch.nn.Module]]:
     """The tiny problem on engines, and copies of its untouched models."""
     models = tiny_models(dropout, trainable_positions)
+    if light:
+        models = (*models[:2], LightMaskingNetwork(16, hidden_dim=8))
     copies = [copy.deepcopy(m) for m in models]
-    coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": WeightedReconstruction()}}
+    loss = (CoupledReconstruction if coupled else FrozenReconstruction)(
+        "normalized" if normalized else "published"
+    )
+    coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": loss}}
     levels: list[TrainingLevel] = []
     for name, model, lr in zip(("pretrain", "classifier", "mask"), models, LRS, strict=True):
         n = micro if name == "pretrain" else 1
@@ -73,7 +84,8 @@ def build(
                 name, model, recipe, config, **coupling[name], total_steps=10**9, warmup_steps=0
             )
         )
-    return MloMae(*levels, estimator=Unrolled(steps=1)), copies
+    schedule = MaskSchedule(temperature=(temperature,) * 2)
+    return MloMae(*levels, estimator=Unrolled(steps=1), schedule=schedule), copies
 
 
 LRS = (1e-2, 5e-2, 1e-3)
@@ -179,10 +191,13 @@ def one_cycle(
     problem = as_problem(method, models, case["optimizer"], case.get("gradient_clipping", 0.0))
     run_lower(method, cycle, case.get("micro", 1))
     passes = method.pretrain.level.records[-1].micro_batches
-    images = [part.double() for p in passes for part in everybodys(p.batch)]
-    selection = [part.double() for p in passes for part in everybodys(p.frozen.scores)]
+    images = [part.double() for p in passes for part in everybodys(p.batch.images)]
+    coupled, normalized = case.get("coupled", False), case.get("normalized", False)
+    places = [p.batch.chosen[0] if coupled else p.frozen.restore for p in passes]
+    selection = [part.double() for own in places for part in everybodys(own)]
     _, x2, y2, x3, y3 = batches(cycle)
-    truth = problem(images, (x2.double(), y2), (x3.double(), y3), selection).hypergradient()
+    labelled = (x2.double(), y2), (x3.double(), y3)
+    truth = problem(images, *labelled, selection, coupled, normalized).hypergradient()
     value = hypergradient(method, cycle)
     return {"error": relative_error(value, truth), "cosine": cosine(value, truth)}
 
@@ -247,15 +262,14 @@ def leaves_no_trace(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
-class FixedScores(WeightedReconstruction):
+class FixedScores(FrozenReconstruction):
     """The loss of the lowest level without the masking network."""
 
-    def _losses(self, models: Any, images: Tensor, frozen: Any = None) -> tuple[Tensor, Any]:
-        return super()._losses({**models, "mask": _rising}, images)
+    def _losses(self, models: Any, batch: Any, frozen: Any = None) -> tuple[Tensor, Any]:
+        return super()._losses({**models, "mask": _rising}, batch)
 
-    @staticmethod
-    def _weights(models: Any, choice: Any) -> Tensor:
-        return WeightedReconstruction._weights({"mask": _rising}, choice)
+    def _weights(self, models: Any, choice: Any) -> Tensor:
+        return super()._weights({"mask": _rising}, choice)
 
 
 def _rising(embedding: Tensor) -> Tensor:

@@ -137,13 +137,15 @@ def attentions() -> None:
 def elementwise() -> None:
     activations = """gelu silu sigmoid tanh relu elu softplus leaky_relu hardswish hardsigmoid mish
         selu celu relu6 hardtanh logsigmoid softsign hardshrink glu dropout softmin logsumexp
-        normalize exp cos erf cumsum cumprod prod square roll flip"""
+        exp cos erf cumsum cumprod prod square roll flip"""
     more = {"logsumexp": (-1,), "cumsum": (0,), "cumprod": (0,),
             "roll": (1,), "flip": ((0,),), "softmin": (-1,)}  # fmt: skip
-    for name in set(activations.split()) - {"normalize"}:
+    for name in activations.split():
         function = getattr(F, name, None) or getattr(torch, name)
         case(name, lambda x, f=function, n=name: f(x, *more.get(n, ())), (4, 6))
     case("gelu tanh", partial(F.gelu, approximate="tanh"), (4, 6))
+    mixed = torch.compile(lambda x, w: F.gelu(F.softmax(x @ w, dim=-1)), backend="aot_eager")
+    case("compiled", mixed, (3, 4), (4, 4))
     for place in (F, torch, Tensor, torch.special):
         for name in ("softmax", "log_softmax"):
             function = getattr(place, name)

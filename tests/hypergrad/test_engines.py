@@ -10,12 +10,15 @@ from tests.hypergrad.brute_force import relative_error
 from tests.ranks import run_ranks
 
 CASES = "tests.hypergrad.engine_cases"
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
     "sgd, fixed positions": {"optimizer": "sgd", "trainable_positions": False},
     "accumulated and clipped": {"optimizer": "adamw", "micro": 2, "gradient_clipping": 0.05},
 }
-IN_BF16 = ("adamw", "accumulated and clipped")
+SETTINGS["light, coupled, normalized, drawn"] = {
+    "optimizer": "adamw", "light": True, "coupled": True, "normalized": True, "temperature": 1.0,
+}  # fmt: skip
+IN_BF16 = ("adamw", "accumulated and clipped", "light, coupled, normalized, drawn")
 CONFIGS = (
     "zero0_bf16",
     "zero1_bf16",

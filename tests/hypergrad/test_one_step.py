@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mlomae.hypergrad import Level, Unrolled
-from mlomae.mlo_mae import LEVELS, MloMae, WeightedReconstruction
-from mlomae.models import ClassificationHead, MaskedAutoencoder, MaskingNetwork
+from mlomae.masks import MaskSchedule
+from mlomae.mlo_mae import LEVELS, CoupledReconstruction, FrozenReconstruction, MloMae
+from mlomae.models import (
+    ClassificationHead,
+    LightMaskingNetwork,
+    MaskedAutoencoder,
+    MaskingNetwork,
+)
 from tests.hypergrad.brute_force import MloMaeProblem, of_optimizer, relative_error
 
 
@@ -21,6 +27,7 @@ class PlainLevel:
 
     level: Level
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    num_steps: int = 0
 
     @property
     def engine(self) -> Any:
@@ -28,19 +35,20 @@ class PlainLevel:
 
     def step(self, *micro_batches: Any) -> None:
         self.level.step(*micro_batches)
+        self.num_steps += 1
 
     def step_along(self, hypergradient: Any) -> None:
         self.gradients = self.level.named(hypergradient.vector)
 
 
 def tiny_models(
-    dropout: float = 0.0, trainable_positions: bool = True
+    dropout: float = 0.0, trainable_positions: bool = True, drop_path_rate: float = 0.0
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     torch.manual_seed(0)
     mae = MaskedAutoencoder(
         image_size=8, patch_size=2, in_chans=3, embed_dim=16, depth=2, num_heads=2,
         decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2,
-        trainable_positions=trainable_positions,
+        trainable_positions=trainable_positions, drop_path_rate=drop_path_rate,
     )  # fmt: skip
     return mae, ClassificationHead(16, 5, dropout=dropout), MaskingNetwork(16, 16, 12)
 
@@ -75,6 +83,36 @@ def test_activation_checkpointing_changes_nothing(keep_activations: bool) -> Non
     assert relative_error(value, reference) <= 1e-10
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "coupled": {"coupled": True},
+    "normalized": {"normalized": True},
+    "coupled and normalized": {"coupled": True, "normalized": True},
+    "drawn": {"temperature": 1.5},
+    "coupled and drawn": {"coupled": True, "temperature": 1.5},
+    "light": {"light": True},
+    "light, coupled, normalized, drawn": {
+        "light": True, "coupled": True, "normalized": True, "temperature": 0.7,
+    },
+    "ratio": {"mask_ratio": (0.75, 0.25)},
+    "dropped paths": {"drop_path_rate": 0.5},
+    "coupled, dropped paths": {"coupled": True, "drop_path_rate": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_masking_equals_brute_force(variant: str) -> None:
+    value, reference = hypergradient_of("adamw", 3, **VARIANTS[variant])
+    assert relative_error(value, reference) <= 1e-10
+
+
+def test_coupling_and_weighting_are_not_the_same_thing() -> None:
+    variants = ("coupled", "normalized", "coupled and normalized")
+    found = [hypergradient_of("adamw", 3, **VARIANTS[v])[0] for v in variants]
+    found.append(hypergradient_of("adamw", 3)[0])
+    for i, one in enumerate(found):
+        assert all(relative_error(one, other) > 1e-2 for other in found[i + 1 :])
+
+
 def hypergradient_error(kind: str, warm_steps: int) -> float:
     value, reference = hypergradient_of(kind, warm_steps)
     return relative_error(value, reference)
@@ -86,17 +124,33 @@ def hypergradient_of(
     classifier_lr: float = 0.5,
     checkpointing: bool = False,
     keep_activations: bool = True,
+    coupled: bool = False,
+    normalized: bool = False,
+    light: bool = False,
+    temperature: float = 0.0,
+    mask_ratio: tuple[float, float] = (0.75, 0.75),
+    drop_path_rate: float = 0.0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The engine's hypergradient of one cycle, and the reference's."""
-    models = [module.double() for module in tiny_models()]
+    models = [module.double() for module in tiny_models(drop_path_rate=drop_path_rate)]
+    if light:
+        models[2] = LightMaskingNetwork(16, hidden_dim=8).double()
     models[0].activation_checkpointing = checkpointing
     lrs = (1e-2, classifier_lr if kind != "adamw" else classifier_lr / 10, 1e-3)
-    coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": WeightedReconstruction()}}
+    loss = (CoupledReconstruction if coupled else FrozenReconstruction)(
+        "normalized" if normalized else "published"
+    )
+    coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": loss}}
     levels = [
         PlainLevel(Level(name, module, make_optimizer(kind, module, lr), **coupling[name]))
         for name, module, lr in zip(LEVELS, models, lrs, strict=True)
     ]
-    method = MloMae(*levels, estimator=Unrolled(steps=1), keep_activations=keep_activations)
+    method = MloMae(
+        *levels,
+        estimator=Unrolled(steps=1),
+        keep_activations=keep_activations,
+        schedule=MaskSchedule(mask_ratio, (temperature,) * 2, 16, warm_steps + 1, seed=3),
+    )
     generator = torch.Generator().manual_seed(1)
 
     def images(n: int) -> Tensor:
@@ -114,9 +168,21 @@ def hypergradient_of(
     states = [of_optimizer(lv.level.optimizer, lv.level.model) for lv in levels[:2]]
     problem = MloMaeProblem(*(copy.deepcopy(m) for m in models), *states, *batches)
     problem.mae.activation_checkpointing = False
+    problem.coupled, problem.normalized = coupled, normalized
+    problem.mae.num_keep = method.num_keep
+    problem.seed = 11
+    torch.manual_seed(11)
+    method.pretrain_step(batches[0])
+    if temperature:
+        problem.selection = [loss.choice.restore.double()]
+        assert not torch.equal(loss.choice.restore, ranks_of(loss.choice.scores))
     reference = problem.hypergradient()
 
-    method.pretrain_step(batches[0])
     method.classifier_step(*batches[1])
     method.mask_step(*batches[2])
     return levels[2].gradients, reference
+
+
+def ranks_of(scores: Tensor) -> Tensor:
+    """Each patch's place among the scores of its image [B, N]."""
+    return scores.argsort(dim=1).argsort(dim=1)

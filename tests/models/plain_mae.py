@@ -37,9 +37,9 @@ class PlainMae:
         bias = self.weights["patch_embed.proj.bias"]
         return np.array(projected) + bias + self.weights["pos_embed"][0, 1:]
 
-    def features(self, image: Array) -> Array:
-        """Class token of the whole image after the final norm, [D]."""
-        return self._encode(self.embed(image))[0]
+    def tokens(self, image: Array) -> Array:
+        """Class token and patches of the whole image after the final norm, [1 + N, D]."""
+        return self._encode(self.embed(image))
 
     def predict(self, image: Array, visible: list[int]) -> Array:
         """Predicted patch vectors [N, P] from the visible patches, in any order."""

@@ -5,10 +5,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from mlomae.models import ClassificationHead, MaskedAutoencoder, MaskingNetwork
+from mlomae.models import (
+    ClassificationHead,
+    LightMaskingNetwork,
+    MaskedAutoencoder,
+    MaskingNetwork,
+)
 from mlomae.models.positions import sincos_positions
 
 VIT = {
@@ -146,26 +153,28 @@ def test_positions_are_parameters_only_where_they_are_trained():
 # --- positions -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dim", "side"), [(8, 3), (512, 14), (1280, 16)])
-def test_positions_follow_the_formula(dim, side):
+@pytest.mark.parametrize(
+    ("dim", "grid"), [(8, (3, 3)), (512, (14, 14)), (1280, (16, 16)), (16, (2, 5))]
+)
+def test_positions_follow_the_formula(dim, grid):
     frequencies = [10000 ** (-i / (dim / 4)) for i in range(dim // 4)]
     rows = [[0.0] * dim]
-    for row in range(side):
-        for column in range(side):
+    for row in range(grid[0]):
+        for column in range(grid[1]):
             rows.append(
                 [math.sin(column * f) for f in frequencies]
                 + [math.cos(column * f) for f in frequencies]
                 + [math.sin(row * f) for f in frequencies]
                 + [math.cos(row * f) for f in frequencies]
             )
-    table = sincos_positions(dim, side)
+    table = sincos_positions(dim, grid)
     assert table.dtype == torch.float32
     np.testing.assert_allclose(table.numpy(), np.array([rows]), atol=1e-7)
 
 
 def test_positions_need_a_width_divisible_by_four():
     with pytest.raises(ValueError, match="divisible by 4 for 2-D positions, got 18"):
-        sincos_positions(18, 4)
+        sincos_positions(18, (4, 4))
 
 
 def test_both_tables_of_a_model_are_sincos():
@@ -173,8 +182,64 @@ def test_both_tables_of_a_model_are_sincos():
         image_size=12, patch_size=4, embed_dim=16, depth=1, num_heads=2,
         decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2,
     )  # fmt: skip
-    assert torch.equal(model.pos_embed, sincos_positions(16, 3))
-    assert torch.equal(model.decoder_pos_embed, sincos_positions(8, 3))
+    assert torch.equal(model.pos_embed, sincos_positions(16, (3, 3)))
+    assert torch.equal(model.decoder_pos_embed, sincos_positions(8, (3, 3)))
+
+
+# --- cost ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "pretraining"),
+    [  # 10^9 multiplications of one image; B/2 by the formula of a block, 12 N D^2 + 2 N^2 D
+        ("B/16", 17.6, 9.8),
+        ("L/16", 61.6, 20.8),
+        ("H/14", 167.3, 48.6),
+        ("B/2", 23.05, 12.6),
+    ],
+)
+def test_cost_of_features_and_of_pretraining(name, features, pretraining):
+    with torch.device("meta"):
+        model = MaskedAutoencoder(**VIT[name], attention="math").eval()
+        images = torch.zeros(1, 3, *model.image_size)
+        for scorer, wanted in ((None, features), (lambda e: e[..., 0], pretraining)):
+            with FlopCounterMode(display=False) as counter:
+                model(images, scorer=scorer)
+            assert counter.get_total_flops() / 2e9 == pytest.approx(wanted, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [("mae_vit_base_patch16", "B/16"), ("mae_vit_large_patch16", "L/16"),
+     ("mae_vit_huge_patch16", "H/16"), ("mae_vit_huge_patch14", "H/14"),
+     ("mae_vit_base_patch2", "B/2")],
+)  # fmt: skip
+def test_timm_knows_the_models_by_name(name, like):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    wanted = on_meta(like)
+    assert (model.image_size, model.num_heads) == (wanted.image_size, wanted.num_heads)
+    shapes = [{n: v.shape for n, v in m.state_dict().items()} for m in (model, wanted)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("name", "like"), [("tiny", "deit_tiny"), ("small", "deit_small")])
+def test_small_models_have_the_sizes_of_deit(name, like):
+    with torch.device("meta"):
+        model = timm.create_model(f"mae_vit_{name}_patch16", decoder_depth=1)
+        deit = timm.create_model(f"{like}_patch16_224", num_classes=0)
+    ours = {n: v.shape for n, v in model.state_dict().items() if not n.startswith(DECODER)}
+    assert ours == {n: v.shape for n, v in deit.state_dict().items()}
+    assert model.num_heads == deit.blocks[0].attn.num_heads
+
+
+def test_timm_hands_arguments_on_and_has_no_weights_to_offer():
+    model = timm.create_model(
+        "mae_vit_tiny_patch16", image_size=(32, 64), depth=1, decoder_depth=1, in_chans=1
+    )
+    assert model(torch.zeros(2, 1, 32, 64)).shape == (2, 192)
+    with pytest.raises(ValueError, match=r"load a file with mlomae\.foreign\.load_weights"):
+        timm.create_model("mae_vit_tiny_patch16", pretrained=True)
 
 
 # --- initial values --------------------------------------------------------------------------
@@ -196,6 +261,7 @@ def test_everything_is_initialised(trainable_positions):
     networks = {
         "mae": MaskedAutoencoder(**sizes, trainable_positions=trainable_positions),
         "masking": MaskingNetwork(4, 8, hidden_dim=5),
+        "light masking": LightMaskingNetwork(8, hidden_dim=8),
         "classifier": ClassificationHead(8, 3),
     }
     for kind, network in networks.items():

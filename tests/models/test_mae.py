@@ -1,6 +1,6 @@
 """The masked autoencoder, against a plain numpy one and against timm's ViT."""
 
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,15 @@ def test_the_smallest_scores_stay_visible():
     assert out["scores"] is scores
 
 
+def test_the_number_of_visible_patches_may_be_given_for_a_pass():
+    model, scores = build(), draw(3, NUM_PATCHES)
+    for num_keep in (1, 7, 15):
+        out = model(images(), scorer=fixed(scores), num_keep=num_keep)
+        hidden = scores.argsort(dim=1)[:, num_keep:]
+        assert torch.equal(out["mask"], torch.zeros(3, NUM_PATCHES).double().scatter(1, hidden, 1))
+    assert model.num_keep == NUM_KEPT
+
+
 def test_only_visible_patches_reach_the_prediction():
     model, pictures, scores = build(), images(1), draw(1, NUM_PATCHES)
     before = model(pictures, scorer=fixed(scores))
@@ -115,16 +124,8 @@ def test_the_scorer_sees_detached_patches_with_positions():
     np.testing.assert_allclose(seen[0].numpy(), expected, rtol=1e-12, atol=1e-12)
     assert not seen[0].requires_grad
     assert torch.equal(out["embedding"], seen[0]) and not out["embedding"].requires_grad
-
-
-def test_random_scores_are_uniform_noise_from_the_given_generator():
-    embedding = torch.zeros(200, 100, 2)
-    first = random_scores(torch.Generator().manual_seed(5))(embedding)
-    again = random_scores(torch.Generator().manual_seed(5))(embedding)
-    assert torch.equal(first, again)
-    assert first.shape == (200, 100)
-    counts = torch.histc(first, bins=10, min=0, max=1)
-    assert counts.sum() == 20000 and (counts - 2000).abs().max() < 200
+    model(pictures, scorer=scorer, coupled=True)
+    assert torch.equal(seen[1], seen[0]) and seen[1].requires_grad
 
 
 # --- plain MAE -------------------------------------------------------------------------------
@@ -193,18 +194,51 @@ def test_weights_of_one_in_random_order_are_plain_mae_to_the_bit():
 # --- features --------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_timms_vit_and_of_plain_numpy():
-    model, pictures = build(), images()
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+@pytest.mark.parametrize(("size", "channels"), [((12, 12), 3), ((6, 15), 1)])
+def test_features_are_those_of_timms_vit_and_of_plain_numpy(global_pool, size, channels):
+    model = build(image_size=size, in_chans=channels, global_pool=global_pool)
+    pictures = draw(3, channels, *size)
     vit = VisionTransformer(
-        img_size=12, patch_size=3, num_classes=0, global_pool="token", embed_dim=16, depth=2,
-        num_heads=2, mlp_ratio=3.0, norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        img_size=size, patch_size=3, in_chans=channels, num_classes=0, global_pool=global_pool,
+        fc_norm=False, embed_dim=16, depth=2, num_heads=2, mlp_ratio=3.0,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
     ).double().eval()  # fmt: skip
     ours = model.state_dict()
     vit.load_state_dict({name: ours[name] for name in vit.state_dict()})
     features = model(pictures)
     torch.testing.assert_close(features, vit(pictures), rtol=1e-11, atol=1e-12)
-    expected = [plain(model).features(image) for image in pictures.numpy()]
+    tokens = np.array([plain(model).tokens(image) for image in pictures.numpy()])
+    expected = tokens[:, 0] if global_pool == "token" else tokens[:, 1:].mean(axis=1)
     np.testing.assert_allclose(features.detach(), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "channels"), [((6, 15), 1), ((15, 9), 4)])
+def test_images_need_be_neither_square_nor_coloured(size, channels):
+    model = build(image_size=size, in_chans=channels)
+    assert model.grid_size == (size[0] // 3, size[1] // 3)
+    pictures, noise = draw(2, channels, *size), draw(2, model.num_patches)
+    assert torch.equal(model.unpatchify(model.patchify(pictures)), pictures)
+    out = model(pictures, scorer=fixed(noise))
+    loss = reconstruction_loss(out["patch_loss"], out["mask"]).item()
+    expected = plain(model).loss(pictures.numpy(), noise.numpy(), 0.75, True)
+    assert loss == pytest.approx(expected, rel=1e-12)
+
+
+# --- stochastic depth ------------------------------------------------------------------------
+
+
+def test_drop_path_rises_over_the_encoder_and_spares_the_decoder():
+    model = build(depth=5, drop_path_rate=0.4)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert not any(hasattr(b.drop_path1, "drop_prob") for b in model.decoder_blocks)
+    first, second = model.train()(images()), model(images())
+    assert not torch.equal(first, second)
+    model.eval()
+    kept = build(depth=5).eval()
+    kept.load_state_dict(model.state_dict())
+    assert torch.equal(model(images()), kept(images()))
 
 
 # --- memory and precision --------------------------------------------------------------------
@@ -237,6 +271,22 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradient():
         assert torch.equal(saving(images()), build()(images()))
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # C++ takes a minute
+)
+def test_compiled_blocks_change_neither_loss_nor_gradient(backend, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    loss, gradients, _ = loss_and_gradients(build(depth=1, decoder_depth=1))
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["ok"]
+    compiled = build(depth=1, decoder_depth=1, compile_blocks=True)
+    other_loss, other_gradients, _ = loss_and_gradients(compiled)
+    assert frames["ok"] > before and frames["ok"] == frames["total"]
+    torch.testing.assert_close(loss, other_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients, other_gradients, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("buffers", [torch.bfloat16, torch.float32])
 def test_losses_and_scores_of_a_bfloat16_model_are_float32(buffers):
     model, pictures = build().float(), images().float()
@@ -247,6 +297,7 @@ def test_losses_and_scores_of_a_bfloat16_model_are_float32(buffers):
         value.data = value.to(buffers)
     half = half_model(pictures, scorer=half_scorer)
     kinds = {name: value.dtype for name, value in half.items()}
+    assert kinds.pop("restore") == torch.int64
     wide = dict.fromkeys(("patch_loss", "scores", "mask"), torch.float32)
     assert kinds == wide | dict.fromkeys(("embedding", "prediction"), torch.bfloat16)
     torch.testing.assert_close(half["scores"], exact["scores"], rtol=0.02, atol=0)

@@ -1,0 +1,77 @@
+"""The encoders that can be evaluated: of a run, or of anybody's weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlomae.errors import UserError
+from mlomae.foreign import infer_architecture, load_weights, read_weights
+from mlomae.models import MaskedAutoencoder
+from mlomae.weights import build_model, find_checkpoint, load_initial_weights, load_model
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NUM_WORKERS = 4  # loader threads for weights that come without a recipe
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model with what its images must be like.
+
+    Attributes:
+        name: the run's method, `untrained`, or the layout of foreign weights.
+        source: what it was read from, as a result file names it.
+        mean, std: of each channel, pixel values in [0, 1].
+    """
+
+    name: str
+    source: dict[str, Any]
+    model: MaskedAutoencoder
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    num_workers: int = NUM_WORKERS
+
+
+def of_run(run: str | Path, *, untrained: bool = False) -> Encoder:
+    """The encoder of a run or checkpoint folder; or as it was before training.
+
+    Raises:
+        UserError: nothing is there, or it is damaged.
+    """
+    model, recipe = load_model(run)
+    if untrained:
+        model = build_model(recipe)
+        load_initial_weights(model, recipe)
+    source = {"checkpoint": str(find_checkpoint(run)), "untrained": untrained}
+    name, data = "untrained" if untrained else recipe.method, recipe.data
+    return Encoder(name, source, model, data.mean, data.std, data.num_workers)
+
+
+def of_weights(
+    paths: Sequence[str | Path],
+    *,
+    image_size: int | None = None,
+    global_pool: str = "token",
+    expected: Sequence[str] = (),
+) -> Encoder:
+    """The encoder of anybody's weights, in the architecture that their shapes tell.
+
+    Args:
+        paths: files or folders as `mlomae.foreign` reads them.
+        image_size: another than they were trained at; positions are interpolated.
+        global_pool: `token` or `avg`.
+        expected: globs of names that may be missing or left over.
+
+    Raises:
+        UserError: they cannot be read, or hold no encoder.
+    """
+    weights = read_weights(paths[0])
+    architecture = infer_architecture(weights, image_size=image_size)
+    if architecture["in_chans"] != 3:
+        raise UserError(
+            f"{weights.file} is for images of {architecture['in_chans']} channels, and these have "
+            "3: give other weights"
+        )
+    model = MaskedAutoencoder(**architecture, global_pool=global_pool)
+    load_weights(model, paths, expected=expected, parts="encoder")
+    return Encoder(weights.layout, {"init_from": [str(path) for path in paths]}, model)
