@@ -115,7 +115,7 @@ class ModelRecipe(Section):
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     compile_blocks: bool = False
-    """Compile each block with torch.compile: faster steps after a slow first one."""
+    """Compile each block with torch.compile: faster steps after a slow first one; not at ZeRO-3."""
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -69,6 +69,12 @@ def check_deepspeed_config(
         UserError: The two contradict each other, or the method does not support the JSON.
     """
     _check_readable(config, config_name)
+    if recipe.model.compile_blocks and _stage(config) == 3:
+        raise UserError(
+            f"{recipe_name} with {config_name}: model.compile_blocks cannot be used at ZeRO stage "
+            "3, whose gathering breaks each block into pieces that compile for minutes: switch it "
+            "off, or use stage 0, 1 or 2"
+        )
     for level_name, level in recipe.levels.items():
         level_config(config, level, level_name, world_size, recipe_name, config_name)
 

@@ -268,3 +268,11 @@ def test_broken_json_is_refused(text, part, tmp_path):
 def test_missing_config_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none\.json cannot be read .* give a JSON file"):
         load_deepspeed_config(tmp_path / "none.json")
+
+
+def test_blocks_are_not_compiled_where_their_weights_come_and_go():
+    recipe = recipe_with("model.compile_blocks=true")
+    sentence = refusal({"zero_optimization": {"stage": 3}}, recipe)
+    assert "r.yaml with d.json: model.compile_blocks" in sentence and "stage 0, 1 or 2" in sentence
+    for stage in (0, 1, 2):
+        check_deepspeed_config({"zero_optimization": {"stage": stage}}, recipe, 1, "r", "d")
