@@ -138,8 +138,7 @@ class Partition(ABC):
         for fragment in self.fragments:
             grad = self.gradient_of(fragment)
             if grad is not None:
-                norm = torch.linalg.vector_norm(grad, dtype=torch.float64)  # without a wide copy
-                total += norm.square().to(self.device)
+                total += _squared_norm(grad).to(self.device)
         return math.sqrt(self._sum_over_ranks(total)) / self.loss_scale
 
     def current(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -275,3 +274,13 @@ def alias(flat: Tensor, start: int, shape: torch.Size) -> Tensor:
     offset = flat.storage_offset() + start
     strides = torch.empty(shape, device="meta").stride()
     return flat.new_empty(0).set_(flat.untyped_storage(), offset, shape, strides)
+
+
+def _squared_norm(flat: Tensor, width: int = 1024) -> Tensor:
+    """Sum of squares in float64, of rows in their own precision: nothing wide is copied."""
+    precision = torch.promote_types(flat.dtype, torch.float32)
+    num_whole = flat.numel() // width * width
+    rows = torch.linalg.vector_norm(flat[:num_whole].reshape(-1, width), dim=1, dtype=precision)
+    rest = torch.linalg.vector_norm(flat[num_whole:], dtype=torch.float64)
+    total: Tensor = rows.double().square().sum() + rest.square()
+    return total
