@@ -1,17 +1,12 @@
 """The result of a run: tables for people, and JSON with every number."""
 
-import datetime
 import json
-import os
-import platform
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+from _about import about, table
+from _about import save as save_text
 from _betty_side import REQUIREMENT
 
 BASELINE = "betty"
@@ -19,46 +14,15 @@ BASELINE = "betty"
 
 def save(folder: Path, measured: dict[str, Any], device: str) -> str:
     """Write both files, and return the text of the tables."""
-    about = _about(device)
-    lines = [f"# One update of the masking network, {about['date']}", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
+    head = about("hypergradient.py", device) | {"betty": REQUIREMENT}
+    body = []
     for size, found in measured.items():
-        lines += ["", f"## {size}", "", *_passes(found), "", *_costs(found), "", *_accuracy(found)]
-    text = "\n".join(lines) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{about['date']}-hypergradient-{device}"
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps({**about, "sizes": measured}, indent=1) + "\n")
+        body += [f"## {size}", "", *_passes(found), "", *_costs(found), "", *_accuracy(found), ""]
+    name = f"hypergradient-{device}"
+    numbers = json.dumps({**head, "sizes": measured}, indent=1) + "\n"
+    text = save_text(folder, name, "One update of the masking network", head, body[:-1])
+    (folder / f"{head['date']}-{name}.json").write_text(numbers)
     return text
-
-
-def _about(device: str) -> dict[str, Any]:
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python benchmarks/hypergradient.py", *sys.argv[1:]]),
-        "commit": _output("git", "describe", "--always", "--dirty", "--exclude=*"),
-        "machine": _cuda() if device == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"timm {version('timm')}, {REQUIREMENT}",
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{len(names)} cores of {names[0]}, {pages / 1e9:.0f} GB of memory"
-
-
-def _cuda() -> str:
-    return _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv")
-
-
-def _output(*command: str) -> str:
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    return "; ".join(done.stdout.splitlines())
 
 
 def _passes(found: dict[str, Any]) -> list[str]:
@@ -68,7 +32,7 @@ def _passes(found: dict[str, Any]) -> list[str]:
         for name, s in seconds.items()
     ]
     size = ", ".join(f"{key} {value}" for key, value in found["size"].items())
-    return [f"{size}.", "", *_table(["pass", "s", "/ F", "/ E"], rows)]
+    return [f"{size}.", "", *table(["pass", "s", "/ F", "/ E"], rows)]
 
 
 def _costs(found: dict[str, Any]) -> list[str]:
@@ -85,7 +49,7 @@ def _costs(found: dict[str, Any]) -> list[str]:
         rows.append([*row, f"{cost['cycle_peak']:.0f}"])
     heads = ["contender", "update s", "/ bound", "/ Betty", "cycle - plain steps s"]
     heads += ["peak MB", "/ Betty", "increase MB", "/ Betty", "peak of cycle MB"]
-    return [f"Bound 2 F + 6 E: {bound:.2f} s.", "", *_table(heads, rows)]
+    return [f"Bound 2 F + 6 E: {bound:.2f} s.", "", *table(heads, rows)]
 
 
 def _cost(result: dict[str, Any]) -> dict[str, float]:
@@ -110,9 +74,4 @@ def _accuracy(found: dict[str, Any]) -> list[str]:
         row = [name, f"{accuracy['cosine']:.7f}", f"{accuracy['relative_error']:.1e}"]
         rows.append([*row, f"{accuracy['cosine_to_identity']:.7f}"])
     heads = ["contender", "cosine to truth", "relative error", "cosine to exact identity"]
-    return _table(heads, rows)
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in [heads, rule, *rows]]
+    return table(heads, rows)
