@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlomae._gradcheck_memory import PeakMemory
 from mlomae._ranks import start_ranks
-from mlomae.deepspeed_config import load_deepspeed_config
+from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from mlomae.errors import UserError
 from mlomae.models import MaskedAutoencoder
 from mlomae.models.attention import check_backend
@@ -102,7 +102,9 @@ class Ours:
 
     def __init__(self, settings: Settings, method: str, images: Tensor) -> None:
         recipe = settings.recipe(method)
-        plan = Plan(recipe, settings.config, "the benchmark", "its config", False, {}, 0)
+        names = "the benchmark", "its config"
+        check_deepspeed_config(settings.config, recipe, dist.get_world_size(), *names)
+        plan = Plan(recipe, settings.config, *names, False, {}, 0)
         levels = build_levels(plan, num_cycles=10**6)
         for level in levels.values():
             for group in level.level.optimizer.param_groups:
@@ -227,7 +229,8 @@ def count_flops(settings: Settings) -> dict[str, float]:
     """FLOPs for each image of the encoder step; see the formula above."""
     recipe = settings.recipe("mae")
     with torch.device("meta"):
-        values = recipe.model.model_dump(exclude={"preset"}) | {"compile_blocks": False}
+        values = recipe.model.model_dump(exclude={"preset"})
+        values |= {"compile_blocks": False, "attention": "math"}  # as many operations on any kernel
         model = MaskedAutoencoder(**values, mask_ratio=recipe.masking.mask_ratio)
         images = torch.empty(1, 3, settings.image_size, settings.image_size)
 

@@ -84,9 +84,16 @@ def add_weights_arguments(parser: argparse.ArgumentParser, encoder: Any) -> None
     parser.add_argument(
         "--global_pool",
         choices=("token", "avg"),
-        default="token",
-        help="with --init_from: the class token, or the mean of the patch tokens",
+        help="with --init_from: the class token, or the mean of the patch tokens (default: as the "
+        "file beside the weights says, else token)",
     )
+
+
+def refuse_weights_flags(args: argparse.Namespace, instead: str) -> None:
+    """Refuse flags that only `--init_from` heeds."""
+    for flag in ("init_from_expected", "image_size", "global_pool"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag} is for --init_from, and {instead} has its recipe: remove it")
 
 
 def foreign_encoder(args: argparse.Namespace, paths: Sequence[str]) -> Encoder:
@@ -152,6 +159,7 @@ def evaluate_encoder(
 
 def _encoder(args: argparse.Namespace) -> Encoder:
     if args.checkpoint is not None:
+        refuse_weights_flags(args, "--checkpoint")
         return of_run(args.checkpoint, untrained=args.untrained)
     if args.untrained:
         raise UserError("--untrained is for a run: give --checkpoint instead of --init_from")
@@ -214,7 +222,7 @@ def _default_output(checkpoint: Path, name: str, *, untrained: bool) -> Path:
 def _show(result: dict[str, Any], file: Path) -> None:
     table = Table(Column("encoder", overflow="fold"), "evaluation", "accuracy", "seconds")
     source = result.get("checkpoint") or " and ".join(result["init_from"])
-    encoder = "untrained" if result["encoder"] == "untrained" else source
+    encoder = result["encoder"] if result.get("untrained") else source
     accuracy = f"{100 * result['accuracy']:.2f} %"
     table.add_row(encoder, result["evaluation"], accuracy, f"{result['seconds']:.1f}")
     console = Console()

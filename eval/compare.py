@@ -45,6 +45,8 @@ def _evaluate(encoder: Encoder, sets: ImageSets, device: torch.device) -> dict[s
 
 def _encoders(args: argparse.Namespace) -> list[Encoder]:
     """Runs, other weights, and the first run's encoder as it was before training."""
+    if not args.init_from:
+        cli.refuse_weights_flags(args, "a run")
     runs = [of_run(checkpoint) for checkpoint in args.checkpoints]
     foreign = [cli.foreign_encoder(args, [path]) for path in args.init_from or []]
     floor = [of_run(args.checkpoints[0], untrained=True)]

@@ -8,6 +8,7 @@ from typing import Any
 from mlomae.errors import UserError
 from mlomae.foreign import infer_architecture, load_weights, read_weights
 from mlomae.models import MaskedAutoencoder
+from mlomae.recipe import Recipe
 from mlomae.weights import build_model, find_checkpoint, load_initial_weights, load_model
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,8 +20,9 @@ class Encoder:
     """A model with what its images must be like.
 
     Attributes:
-        name: the run's method, `untrained`, or the layout of foreign weights.
-        source: what it was read from, as a result file names it.
+        name: the run's method, `untrained` (`initial` where training began with other weights), or
+            the layout of foreign weights.
+        source: what it was read from and how, as a result file says it.
         mean, std: of each channel, pixel values in [0, 1].
     """
 
@@ -39,31 +41,42 @@ def of_run(run: str | Path, *, untrained: bool = False) -> Encoder:
         UserError: nothing is there, or it is damaged.
     """
     model, recipe = load_model(run)
+    name, data = recipe.method, recipe.data
     if untrained:
+        name = "initial" if recipe.init_from else "untrained"
         model = build_model(recipe)
-        load_initial_weights(model, recipe)
+        _load_initial(model, recipe, run)
     source = {"checkpoint": str(find_checkpoint(run)), "untrained": untrained}
-    name, data = "untrained" if untrained else recipe.method, recipe.data
     return Encoder(name, source, model, data.mean, data.std, data.num_workers)
+
+
+def _load_initial(model: MaskedAutoencoder, recipe: Recipe, run: str | Path) -> None:
+    try:
+        load_initial_weights(model, recipe)
+    except UserError as error:
+        raise UserError(f"what {run} was trained from (init_from): {error}") from None
 
 
 def of_weights(
     paths: Sequence[str | Path],
     *,
     image_size: int | None = None,
-    global_pool: str = "token",
+    global_pool: str | None = None,
     expected: Sequence[str] = (),
 ) -> Encoder:
     """The encoder of anybody's weights, in the architecture that their shapes tell.
 
+    Mean and standard deviation of the images are those of the file beside the weights, ImageNet's
+    where there is none.
+
     Args:
         paths: files or folders as `mlomae.foreign` reads them.
         image_size: another than they were trained at; positions are interpolated.
-        global_pool: `token` or `avg`.
+        global_pool: `token` or `avg`; None for what the file beside the weights says, else `token`.
         expected: globs of names that may be missing or left over.
 
     Raises:
-        UserError: they cannot be read, or hold no encoder.
+        UserError: they cannot be read, hold no encoder, or do not fit the image size.
     """
     weights = read_weights(paths[0])
     architecture = infer_architecture(weights, image_size=image_size)
@@ -72,6 +85,16 @@ def of_weights(
             f"{weights.file} is for images of {architecture['in_chans']} channels, and these have "
             "3: give other weights"
         )
-    model = MaskedAutoencoder(**architecture, global_pool=global_pool)
+    told = {"global_pool": "token", "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | weights.config
+    model = MaskedAutoencoder(**architecture, global_pool=global_pool or told["global_pool"])
     load_weights(model, paths, expected=expected, parts="encoder")
-    return Encoder(weights.layout, {"init_from": [str(path) for path in paths]}, model)
+    source = {
+        "init_from": [str(path) for path in paths],
+        "init_from_expected": list(expected),
+        "image_size": model.image_size,
+        "global_pool": model.global_pool,
+        "mean": told["mean"],
+        "std": told["std"],
+    }
+    name = told.get("method", weights.layout)
+    return Encoder(name, source, model, told["mean"], told["std"])

@@ -154,6 +154,12 @@ class ModelRecipe(Section):
         if self.attention not in BACKENDS:
             known = ", ".join(BACKENDS)
             raise Refusal("attention", f"is '{self.attention}', but must be one of {known}")
+        if self.compile_blocks and self.drop_path_rate:
+            problem = (
+                "is true, but with drop_path_rate each block would be compiled anew, and most not "
+                "at all: set one of the two to its default"
+            )
+            raise Refusal("compile_blocks", problem)
         _check_width("", self.embed_dim, self.num_heads)
         _check_width("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
         return self

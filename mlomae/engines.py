@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -151,6 +152,16 @@ def build_level(
         name, engine, loss=loss, lower=lower, upper=upper, num_steps=recipe.steps_per_cycle
     )
     return TrainingLevel(level, recipe, total_steps, warmup_steps)
+
+
+@contextmanager
+def evaluating(*levels: TrainingLevel) -> Iterator[None]:
+    """The levels' modules drop nothing inside, and so draw nothing from the random state."""
+    for level in levels:
+        level.engine.module.eval()
+    yield
+    for level in levels:
+        level.engine.module.train()
 
 
 def build_optimizer(module: nn.Module, recipe: LevelRecipe) -> torch.optim.Optimizer:

@@ -171,6 +171,8 @@ def _written_at_once(folder: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

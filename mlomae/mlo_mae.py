@@ -4,14 +4,12 @@ Source: Guo et al., "Downstream Task Guided Masking Learning in Masked Autoencod
 Multi-Level Optimization", arXiv 2402.18128.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlomae.engines import TrainingLevel
+from mlomae.engines import TrainingLevel, evaluating
 from mlomae.hypergrad import Estimator, Multilevel, WeightedLoss
 from mlomae.hypergrad.losses import Models
 from mlomae.masks import MaskedBatch, MaskSchedule, Weighting, loss_weights
@@ -138,16 +136,6 @@ LEVELS: dict[str, dict[str, Any]] = {
 """What each level's loss is and reads; `pretrain` gets a reconstruction loss of its own."""
 
 
-@contextmanager
-def _evaluating(*levels: TrainingLevel) -> Iterator[None]:
-    """The levels' modules without dropout and dropped paths."""
-    for level in levels:
-        level.engine.module.eval()
-    yield
-    for level in levels:
-        level.engine.module.train()
-
-
 class MloMae:
     """The three levels of one MLO-MAE cycle.
 
@@ -210,7 +198,7 @@ class MloMae:
 
     def classifier_step(self, images: Tensor, labels: Tensor) -> None:
         """Level 2: one step of C on the features of the encoder, which stays as it is."""
-        with _evaluating(self.pretrain):  # a frozen encoder drops no path
+        with evaluating(self.pretrain):  # a frozen encoder drops no path
             self.classifier.step((images, labels))
 
     def mask_step(self, images: Tensor, labels: Tensor) -> None:
@@ -220,7 +208,7 @@ class MloMae:
         """
         lower = [self.pretrain.level, self.classifier.level]
         if all(level.is_recorded for level in lower):
-            with _evaluating(self.pretrain, self.classifier):
+            with evaluating(self.pretrain, self.classifier):
                 found = self.problem.hypergradient("mask", (images, labels))
             self.mask.step_along(found)
         else:

@@ -159,6 +159,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_checkpointing(self) -> Self:
+        own = self.hypergradient
+        has_tangents = own.relative_step is None and own.radius is None
+        needs_hessian = own.estimator in ("neumann", "conjugate_gradient") or (
+            own.estimator == "unrolled" and own.pretrain_steps > 1
+        )
+        if self.model.activation_checkpointing and needs_hessian and has_tangents:
+            problem = (
+                f"is true, but estimator {own.estimator} differentiates the encoder's blocks "
+                "twice here: set it to false, unroll one pretrain step, or use truncated"
+            )
+            raise Refusal("model.activation_checkpointing", problem)
+        return self
+
+    @model_validator(mode="after")
     def _check_masking(self) -> Self:
         network, known = self.masking.network, NETWORKS[self.method]
         if network not in known:

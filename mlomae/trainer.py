@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_ffcv import Stream
 from mlomae import checkpoint
-from mlomae.engines import TrainingLevel
+from mlomae.engines import TrainingLevel, evaluating
 from mlomae.mae import Mae
 from mlomae.mlo_mae import MloMae
 from mlomae.monitor import Meters, Monitor, Record
@@ -171,7 +171,7 @@ class Trainer:
             return
         pretrain = self.levels["pretrain"]
         scorer = self.method.picture_scorer()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(pretrain):
             out = pretrain(self.picture_images, scorer=scorer, num_keep=self.method.num_keep)
         if dist.get_rank() == 0:
             data, module = self.recipe.data, pretrain.engine.module

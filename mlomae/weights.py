@@ -1,5 +1,6 @@
 """Weights in and out of a run: building the networks of a recipe, reading a trained encoder."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -102,7 +103,8 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Recipe]:
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Write a safetensors file that has the rights of its folder."""
     save_file(tensors, file, metadata={"format": "pt"})  # Transformers asks for the format
-    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
+    with suppress(OSError):  # some file systems have no rights
+        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
 
 
 def load_masking_network(path: str | Path) -> MaskingNetwork | LightMaskingNetwork:

@@ -146,6 +146,22 @@ REFUSED = {
         "30",
         "of 4",
     ),
+    "compiled anew": (
+        ["model.compile_blocks=true", "model.drop_path_rate=0.1"],
+        "model.compile_blocks",
+        "drop",
+    ),
+    "checkpointing": (
+        ["model.activation_checkpointing=true", "hypergradient.estimator=neumann"],
+        "model.activation_checkpointing",
+        "neumann",
+        "truncated",
+    ),
+    "checkpointing of two steps": (
+        ["model.activation_checkpointing=true", "hypergradient.pretrain_steps=2"],
+        "model.activation_checkpointing",
+        "unroll one pretrain step",
+    ),
     "last ratio": (["masking.mask_ratio_end=0.99"], "masking.mask_ratio_end", "0 of 16"),
     "cold": (["masking.temperature=2"], "masking.temperature", "top_k draws nothing", "remove"),
     "expected of nothing": (["init_from_expected=[norm.*]"], "init_from_expected", "without"),

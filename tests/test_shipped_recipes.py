@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from mlomae.recipe import differing_keys, load_recipe
+from mlomae.weights import build_masking_network
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -117,3 +119,11 @@ def test_quickstart_compares_equal_pretrain_levels():
     assert learned.pretrain == same
     # the first trains on 80 % of the 60 000 images
     assert learned.epochs * 48_000 == pytest.approx(random.epochs * 60_000)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("mlo_mae")])
+def test_the_light_network_is_light_in_every_recipe(name):
+    recipe = load_recipe(name, ["masking.network=light"])
+    with torch.device("meta"):
+        network = build_masking_network(recipe)
+    assert sum(p.numel() for p in network.parameters()) < 1_000_000

@@ -1,6 +1,7 @@
 """Tensors out of a weights file or folder, whoever wrote it, without running code from it."""
 
 import json
+import logging
 import re
 import warnings
 import zipfile
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mlomae.errors import UserError
-from mlomae.recipe import load_recipe
+from mlomae.recipe import Recipe, load_recipe
 from mlomae.weights import MODEL_FILE, RECIPE_FILE, find_checkpoint
+
+log = logging.getLogger(__name__)
 
 INDEX = ".index.json"  # of a folder whose weights are spread over several files
 PICKLE_FILE = "pytorch_model.bin"
@@ -129,28 +132,74 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """What a file beside the weights tells and the tensors do not, in our words.
 
     Returns:
-        Those of image_size, num_heads and decoder_num_heads that are known: from `config.json` of
-        Hugging Face or timm, or from the recipe of a run.
+        Those of image_size, num_heads, decoder_num_heads, global_pool, mean, std and method that
+        are known: from the JSON files of Hugging Face or timm, or from the recipe of a run.
 
     Raises:
-        UserError: that file is broken.
+        UserError: such a file is broken, or tells of another function than ours.
     """
     file = find_file(path)
     recipe, config = file.with_name(RECIPE_FILE), file.with_name("config.json")
     if recipe.is_file() and file.name == MODEL_FILE:
-        model = load_recipe(recipe).model
-        return model.model_dump(include={"image_size", "num_heads", "decoder_num_heads"})
+        return _of_recipe(load_recipe(recipe))
     if not config.is_file() or file.name not in FOLDER_FILES:
         return {}
     theirs = _read_json(config)
-    timm = theirs.get("pretrained_cfg")
-    input_size = timm.get("input_size") if isinstance(timm, dict) else None  # [channels, h, w]
+    if isinstance(theirs.get("pretrained_cfg"), dict):
+        return _of_timm(theirs)
+    return _of_hugging_face(theirs, config)
+
+
+def _of_recipe(recipe: Recipe) -> dict[str, Any]:
+    sizes = {"image_size", "num_heads", "decoder_num_heads", "global_pool"}
+    images = recipe.data.model_dump(include={"mean", "std"})
+    return recipe.model.model_dump(include=sizes) | images | {"method": recipe.method}
+
+
+def _of_timm(theirs: dict[str, Any]) -> dict[str, Any]:
+    cfg = theirs["pretrained_cfg"]
+    size = cfg.get("input_size")  # [channels, height, width]
     told = {
-        "image_size": input_size[1:] if isinstance(input_size, list) else theirs.get("image_size"),
-        "num_heads": theirs.get("num_attention_heads"),
-        "decoder_num_heads": theirs.get("decoder_num_attention_heads"),
+        "image_size": size[1:] if isinstance(size, list) else None,
+        "mean": cfg.get("mean"),
+        "std": cfg.get("std"),
     }
-    return {name: value for name, value in told.items() if _is_size(value)}
+    pool = theirs.get("global_pool")
+    return _sound(told) | ({"global_pool": pool} if pool in ("token", "avg") else {})
+
+
+def _of_hugging_face(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
+    for key, ours in (("hidden_act", "gelu"), ("qkv_bias", True)):
+        if theirs.get(key, ours) != ours:
+            raise UserError(
+                f"{file} has {key} {theirs[key]}, but the encoder here has {ours}: "
+                "give the weights of a ViT or ViTMAE with it"
+            )
+    if (eps := theirs.get("layer_norm_eps", 1e-6)) != 1e-6:
+        log.info("%s: layer_norm_eps is %g there, and 1e-6 here as in MAE's own code", file, eps)
+    processor = file.with_name("preprocessor_config.json")
+    images = _read_json(processor) if processor.is_file() else {}
+    return _sound(
+        {
+            "image_size": theirs.get("image_size"),
+            "num_heads": theirs.get("num_attention_heads"),
+            "decoder_num_heads": theirs.get("decoder_num_attention_heads"),
+            "mean": images.get("image_mean"),
+            "std": images.get("image_std"),
+        }
+    )
+
+
+def _sound(told: dict[str, Any]) -> dict[str, Any]:
+    """What is a size, or three numbers for the channels."""
+    sizes = {k: v for k, v in told.items() if k not in ("mean", "std") and _is_size(v)}
+    channels = {k: told[k] for k in ("mean", "std") if _is_triple(told.get(k))}
+    return sizes | {k: tuple(v) for k, v in channels.items()}
+
+
+def _is_triple(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) == 3
+    return is_list and all(isinstance(number, int | float) for number in value)
 
 
 def _is_size(value: Any) -> bool:

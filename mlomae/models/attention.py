@@ -164,15 +164,22 @@ def _flash_attn_problem(device: torch.device, dtype: torch.dtype, head_dim: int)
         return f"flash-attn computes in bfloat16 or float16 and not in {name}"
     if head_dim > FLASH_ATTN_MAX_HEAD_DIM:
         return f"flash-attn takes heads up to {FLASH_ATTN_MAX_HEAD_DIM} wide and not {head_dim}"
+    if problem := _import_problem():
+        return problem
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"flash-attn needs an Ampere GPU or a newer one and not {capability}"
+    return None
+
+
+@functools.cache
+def _import_problem() -> str | None:
     try:
         import flash_attn  # noqa: F401
     except ModuleNotFoundError:
         return "the flash-attn package is not installed"
     except ImportError as error:  # compiled for another torch
         return f"the flash-attn package cannot be imported ({error})"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"flash-attn needs an Ampere GPU or a newer one and not {capability}"
     return None
 
 

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mlomae.errors import UserError
 from mlomae.models.attention import Attention
 from mlomae.models.masking import Scorer
 from mlomae.models.positions import sincos_positions
@@ -45,6 +46,9 @@ class MaskedAutoencoder(nn.Module):
         activation_checkpointing: recompute each block in the backward pass.
         compile_blocks: run each block through `torch.compile`.
 
+    Raises:
+        UserError: the patches do not divide the image, or a name is not known.
+
     Attributes:
         image_size, grid_size: (height, width) in pixels and (rows, columns) in patches.
         num_keep: visible patches at `mask_ratio`.
@@ -75,6 +79,7 @@ class MaskedAutoencoder(nn.Module):
         compile_blocks: bool = False,
     ) -> None:
         super().__init__()
+        _check_arguments(image_size, patch_size, global_pool)
         self.patch_embed = PatchEmbed(image_size, patch_size, in_chans, embed_dim)
         self.image_size: tuple[int, int] = self.patch_embed.img_size
         self.grid_size: tuple[int, int] = self.patch_embed.grid_size
@@ -236,6 +241,17 @@ class MaskedAutoencoder(nn.Module):
 def _take(tokens: Tensor, index: Tensor) -> Tensor:
     """Rows of tokens [B, N, D] at index [B, K] -> [B, K, D]."""
     return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _check_arguments(image_size: int | tuple[int, int], patch_size: int, global_pool: str) -> None:
+    sides = (image_size,) if isinstance(image_size, int) else image_size
+    if any(side % patch_size for side in sides):
+        raise UserError(
+            f"image_size is {image_size}, which patch_size {patch_size} does not divide: choose a "
+            "multiple of it"
+        )
+    if global_pool not in ("token", "avg"):
+        raise UserError(f"global_pool is {global_pool}: choose token or avg")
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:

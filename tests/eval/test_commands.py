@@ -18,6 +18,8 @@ from data_ffcv.convert import convert
 from eval import compare, knn, linear_probe
 from eval.encoders import of_run, of_weights
 from eval.features import ImageSets, eval_augmentation, extract_features
+from mlomae.errors import UserError
+from mlomae.foreign.files import read_config
 from mlomae.recipe import dump_recipe, load_recipe
 from mlomae.weights import build_model, load_model
 
@@ -160,14 +162,50 @@ def test_other_peoples_weights_are_evaluated_without_a_recipe(run, foreign, data
 
     file = tmp_path / "knn.json"
     flags = ["--train", data["train"], "--test", data["test"], "--output", str(file)]
-    assert knn.main([*flags, "--init_from", str(foreign)]) == 0
+    assert knn.main([*flags, "--init_from", str(foreign), "--global_pool", "avg"]) == 0
     result = json.loads(file.read_text())
     assert result["accuracy"] > 0.9 and result["init_from"] == [str(foreign)]
+    assert (result["global_pool"], result["image_size"]) == ("avg", [16, 16])
+    assert result["mean"] == [0.485, 0.456, 0.406]
 
     assert compare.main([*flags, str(run), "--init_from", str(foreign)]) == 0
     rows = json.loads(file.read_text())["encoders"]
     assert [row["encoder"] for row in rows] == ["mlo_mae", "mae", "untrained"]
     assert rows[1]["init_from"] == [str(foreign)]
+
+
+def test_images_are_normalised_as_the_file_beside_the_weights_says(run, foreign):
+    assert of_weights([run]).mean == of_run(run).mean != of_weights([foreign]).mean
+    assert of_weights([run]).name == of_run(run).name == "mlo_mae"
+    images = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]}
+    (foreign / "preprocessor_config.json").write_text(json.dumps(images))
+    encoder = of_weights([foreign])
+    assert (encoder.mean, encoder.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+
+    timm = {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.4] * 3, "input_size": [3, 16, 16]}}
+    (foreign / "config.json").write_text(json.dumps(timm | {"global_pool": "avg"}))
+    config = read_config(foreign)
+    assert (config["mean"], config["std"], config["global_pool"]) == ((0.5,) * 3, (0.4,) * 3, "avg")
+
+
+def test_a_run_that_began_with_other_weights_has_an_initial_encoder(run, foreign):
+    recipe = run / "checkpoints" / "step_00000007" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("init_from: []", f"init_from: {foreign}"))
+    initial = of_run(run, untrained=True)
+    assert initial.name == "initial"
+    assert torch.equal(initial.model.cls_token, of_run(run).model.cls_token)
+    (foreign / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"what {run} was trained from .init_from.: {foreign}"):
+        of_run(run, untrained=True)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--global_pool", "avg"), ("--image_size", "32"), ("--init_from_expected", "norm*")],
+)
+def test_flags_for_other_weights_are_refused_for_a_run(run, data, capsys, flag, value):
+    assert knn.main(arguments(run, data, flag, value)) == 2
+    assert f"{flag} is for --init_from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -176,6 +214,7 @@ def test_other_peoples_weights_are_evaluated_without_a_recipe(run, foreign, data
         ([], "--output is missing"),
         (["--untrained"], "give --checkpoint instead of --init_from"),
         (["--output=x.json", "--init_from=nowhere.pth"], "nowhere.pth"),
+        (["--output=x.json", "--image_size=18"], "image_size is 18, which patch_size 4"),
     ],
 )
 def test_bad_flags_for_other_peoples_weights(foreign, data, capsys, flags, sentence):

@@ -240,3 +240,11 @@ def test_a_path_with_nothing(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no complete checkpoint: train first"):
         read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "quick_gelu"), ("qkv_bias", False)])
+def test_an_encoder_that_computes_otherwise_is_refused(tmp_path, key, value):
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({key: value, "num_attention_heads": 2}))
+    with pytest.raises(UserError, match=f"config.json has {key} {value}, but the encoder here"):
+        read_config(tmp_path)

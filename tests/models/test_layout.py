@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mlomae.errors import UserError
 from mlomae.models import (
     ClassificationHead,
     LightMaskingNetwork,
@@ -240,6 +241,15 @@ def test_timm_hands_arguments_on_and_has_no_weights_to_offer():
     assert model(torch.zeros(2, 1, 32, 64)).shape == (2, 192)
     with pytest.raises(ValueError, match=r"load a file with mlomae\.foreign\.load_weights"):
         timm.create_model("mae_vit_tiny_patch16", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"image_size": 230}, "image_size is 230"), ({"global_pool": "cls"}, "choose token or avg")],
+)
+def test_arguments_that_would_do_something_else_are_refused(changes, sentence):
+    with pytest.raises(UserError, match=sentence), torch.device("meta"):
+        MaskedAutoencoder(**changes)
 
 
 # --- initial values --------------------------------------------------------------------------
