@@ -1,6 +1,7 @@
 """Several encoders in one table: k-NN and linear probe, with an untrained encoder as the floor.
 
-    python -m eval.compare --train train.beton --test test.beton --output result.json RUN [RUN ...]
+    python -m eval.compare --train train.beton --test test.beton --output result.json \\
+        [RUN ...] [--init_from PATH ...]
 
 Every encoder sees the images once, both evaluations then share its features.
 """
@@ -18,6 +19,7 @@ from rich.table import Column, Table
 from eval import cli, knn, linear_probe
 from eval.encoders import Encoder, of_run
 from eval.features import ImageSets
+from mlomae.errors import UserError
 
 
 def compare(encoders: list[Encoder], sets: ImageSets, device: torch.device) -> list[dict[str, Any]]:
@@ -47,9 +49,11 @@ def _encoders(args: argparse.Namespace) -> list[Encoder]:
     """Runs, other weights, and the first run's encoder as it was before training."""
     if not args.init_from:
         cli.refuse_weights_flags(args, "a run")
+    if not args.checkpoints and not args.init_from:
+        raise UserError("there is nothing to compare: give runs, or weights with --init_from")
     runs = [of_run(checkpoint) for checkpoint in args.checkpoints]
     foreign = [cli.foreign_encoder(args, [path]) for path in args.init_from or []]
-    floor = [of_run(args.checkpoints[0], untrained=True)]
+    floor = [of_run(run, untrained=True) for run in args.checkpoints[:1]]
     return [*runs, *foreign, *floor]
 
 
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoints", nargs="+", type=Path, metavar="RUN", help="run or checkpoint folders"
+        "checkpoints", nargs="*", type=Path, metavar="RUN", help="run or checkpoint folders"
     )
     cli.add_weights_arguments(parser, parser)
     cli.add_data_arguments(parser)

@@ -172,6 +172,9 @@ def test_other_peoples_weights_are_evaluated_without_a_recipe(run, foreign, data
     rows = json.loads(file.read_text())["encoders"]
     assert [row["encoder"] for row in rows] == ["mlo_mae", "mae", "untrained"]
     assert rows[1]["init_from"] == [str(foreign)]
+    assert compare.main(flags) == 2
+    assert compare.main([*flags, "--init_from", str(foreign)]) == 0
+    assert [row["encoder"] for row in json.loads(file.read_text())["encoders"]] == ["mae"]
 
 
 def test_images_are_normalised_as_the_file_beside_the_weights_says(run, foreign):
