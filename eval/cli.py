@@ -82,6 +82,12 @@ def add_weights_arguments(parser: argparse.ArgumentParser, encoder: Any) -> None
         help="with --init_from: another than theirs; positions are interpolated",
     )
     parser.add_argument(
+        "--num_heads",
+        type=positive_int,
+        metavar="N",
+        help="with --init_from: attention heads, for widths that are not published",
+    )
+    parser.add_argument(
         "--global_pool",
         choices=("token", "avg"),
         help="with --init_from: the class token, or the mean of the patch tokens (default: as the "
@@ -91,7 +97,7 @@ def add_weights_arguments(parser: argparse.ArgumentParser, encoder: Any) -> None
 
 def refuse_weights_flags(args: argparse.Namespace, instead: str) -> None:
     """Refuse flags that only `--init_from` heeds."""
-    for flag in ("init_from_expected", "image_size", "global_pool"):
+    for flag in ("init_from_expected", "image_size", "num_heads", "global_pool"):
         if getattr(args, flag):
             raise UserError(f"--{flag} is for --init_from, and {instead} has its recipe: remove it")
 
@@ -102,6 +108,7 @@ def foreign_encoder(args: argparse.Namespace, paths: Sequence[str]) -> Encoder:
         paths,
         image_size=args.image_size,
         global_pool=args.global_pool,
+        num_heads=args.num_heads,
         expected=args.init_from_expected,
     )
 

@@ -62,6 +62,7 @@ def of_weights(
     *,
     image_size: int | None = None,
     global_pool: str | None = None,
+    num_heads: int | None = None,
     expected: Sequence[str] = (),
 ) -> Encoder:
     """The encoder of anybody's weights, in the architecture that their shapes tell.
@@ -73,13 +74,14 @@ def of_weights(
         paths: files or folders as `mlomae.foreign` reads them.
         image_size: another than they were trained at; positions are interpolated.
         global_pool: `token` or `avg`; None for what the file beside the weights says, else `token`.
+        num_heads: attention heads, where neither the width nor a file beside the weights tells.
         expected: globs of names that may be missing or left over.
 
     Raises:
         UserError: they cannot be read, hold no encoder, or do not fit the image size.
     """
     weights = read_weights(paths[0])
-    architecture = infer_architecture(weights, image_size=image_size)
+    architecture = infer_architecture(weights, image_size=image_size, num_heads=num_heads)
     if architecture["in_chans"] != 3:
         raise UserError(
             f"{weights.file} is for images of {architecture['in_chans']} channels, and these have "
@@ -92,6 +94,7 @@ def of_weights(
         "init_from": [str(path) for path in paths],
         "init_from_expected": list(expected),
         "image_size": model.image_size,
+        "num_heads": model.num_heads,
         "global_pool": model.global_pool,
         "mean": told["mean"],
         "std": told["std"],

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from mlomae.foreign.read import HEADS
+
 State = Mapping[str, Tensor]
 
 SIZES = [  # recipe key, the tensor that tells it, and by which dimension
@@ -27,6 +29,12 @@ def mend(tensors: State, wanted: State, names: Sequence[str]) -> str:
         for key, name, dimension in SIZES
         if name in names and _differs(tensors, wanted, name, dimension)
     ]
+    if (
+        settings
+        and settings[0].startswith("model.embed_dim=")
+        and (heads := HEADS.get(tensors["patch_embed.proj.weight"].shape[0]))
+    ):
+        settings.insert(1, f"model.num_heads={heads}")
     settings += _depths(tensors, wanted) + _mlp_ratio(tensors, wanted)
     if settings:
         return f"set {', '.join(settings)}, or give weights of the model's size"

@@ -123,8 +123,9 @@ def _unreadable(file: Path, error: Exception) -> UserError:
             "ask its author for the state_dict alone, as .safetensors or by torch.save"
         )
     return UserError(
-        f"{file} is cut short or no weights file ({type(error).__name__}): download or copy it "
-        "again, or give a .pth, .th, .bin or .safetensors file"
+        f"{file} is cut short, no weights file, or a pickle of other things than tensors, which is "
+        f"not run ({type(error).__name__}): download or copy it again, or give a .pth, .th, .bin "
+        "or .safetensors file"
     )
 
 

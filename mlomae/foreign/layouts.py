@@ -196,8 +196,14 @@ def to_mae_ct_encoder(state: State) -> dict[str, Tensor]:
 
 
 def from_mae_ct_decoder(state: State) -> dict[str, Tensor]:
-    """As the encoder's; that decoder gives its class token no position, hence the zeros."""
+    """As the encoder's; that decoder gives its class token no position, hence the zeros.
+
+    Older files have the row of zeros themselves.
+    """
     renamed = _rename(state, [(theirs, ours) for ours, theirs in MAE_CT_DECODER])
+    positions = renamed.get("decoder_pos_embed")
+    if positions is not None and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1:
+        return renamed
     return _with_class_row(renamed, "decoder_pos_embed")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mlomae.errors import UserError
 from mlomae.foreign._mend import mend
 from mlomae.foreign.layouts import to_timm
-from mlomae.foreign.read import HEAD_LAYOUTS, Weights, grid_size, read_weights
+from mlomae.foreign.read import HEAD_LAYOUTS, HEADS, Weights, grid_size, read_weights
 from mlomae.models import MaskedAutoencoder
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,10 @@ def _check_model(weights: Weights, model: MaskedAutoencoder, parts: Parts) -> No
                 f"{weights.file} is of {theirs} heads where the model has {ours}: "
                 f"set model.{key}={theirs}"
             )
+    usual = HEADS.get(model.embed_dim, model.num_heads)
+    if "num_heads" not in weights.config and usual != model.num_heads:
+        message = "%s does not tell its heads: published encoders %d wide have %d, the model has %d"
+        log.warning(message, weights.file, model.embed_dim, usual, model.num_heads)
 
 
 def _fit_positions(
@@ -163,7 +167,7 @@ def _check_names(
     problems = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in listed.items() if names)
     if problems:
         advice = mend(tensors, wanted, [*missing, *unexpected, *misshapen])
-        raise UserError(f"{done} does not fit the model ({problems}): {advice}")
+        raise UserError(f"{done} does not fit the model: {advice} ({problems})")
     if not done.names:
         raise UserError(f"{done} fills nothing of the model: name fewer keys as expected")
 

@@ -68,13 +68,17 @@ def read_weights(path: str | Path, *, num_patches: int | None = None) -> Weights
 
 
 def infer_architecture(
-    weights: Weights, *, image_size: int | tuple[int, int] | None = None
+    weights: Weights,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
 ) -> dict[str, Any]:
     """Arguments of `MaskedAutoencoder` that these weights fit.
 
     Args:
         weights: holding an encoder at least; without a decoder, ours keeps its default size.
         image_size: another than the weights were trained at, pixels.
+        num_heads: of the encoder, where neither its width nor a file beside it tells.
 
     Raises:
         UserError: the tensors do not tell, or are not an encoder's.
@@ -89,17 +93,20 @@ def infer_architecture(
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": _count_blocks(tensors, "blocks"),
-        "num_heads": weights.config.get("num_heads") or _known_heads(weights, embed_dim),
+        "num_heads": num_heads or _num_heads(weights, embed_dim),
         "mlp_ratio": tensors["blocks.0.mlp.fc1.bias"].shape[0] / embed_dim,
         **_decoder_architecture(weights),
     }
 
 
-def _known_heads(weights: Weights, embed_dim: int) -> int:
+def _num_heads(weights: Weights, embed_dim: int) -> int:
+    """As the file beside the weights says, else that of the published encoder of this width."""
+    if told := weights.config.get("num_heads"):
+        return told
     if embed_dim not in HEADS:
         raise UserError(
             f"{weights.file} does not tell the number of heads of an encoder of width {embed_dim}: "
-            "set model.num_heads in a recipe, or give the folder with its config.json"
+            "say --num_heads, or set model.num_heads in a recipe"
         )
     return HEADS[embed_dim]
 

@@ -63,7 +63,7 @@ def check_backend(
     """
     _check_name(backend)
     if backend == "flash_attn" and (problem := _flash_attn_problem(device, dtype, head_dim)):
-        raise UserError(f"attention is flash_attn, but {problem}: mend that, or choose auto")
+        raise UserError(f"model.attention is flash_attn, but {problem}: set it to auto")
 
 
 class Attention(nn.Module):

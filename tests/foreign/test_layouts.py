@@ -197,3 +197,14 @@ def test_a_projection_with_a_part_missing_keeps_their_names():
     del theirs["vit.encoder.layer.1.attention.attention.key.weight"]
     ours = layouts.from_hugging_face(theirs)
     assert "blocks.1.attn.qkv.weight" not in ours and "blocks.1.attn.query.weight" in ours
+
+
+def test_an_older_mae_ct_decoder_has_a_class_row_already():
+    positions = torch.cat([torch.zeros(1, 1, 4), torch.randn(1, 9, 4)], dim=1)
+    older = {"mask_token": torch.ones(1, 1, 4), "embed.weight": torch.ones(4, 2),
+             "pred.weight": torch.ones(3, 4)}  # fmt: skip
+    found = [
+        layouts.from_mae_ct_decoder({**older, "pos_embed": rows})["decoder_pos_embed"]
+        for rows in (positions, positions[:, 1:])
+    ]
+    assert torch.equal(found[0], positions) and torch.equal(found[1], positions)

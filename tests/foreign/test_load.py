@@ -175,7 +175,7 @@ def test_the_architecture_of_each_published_file(size, saved):
 
 def test_an_unusual_width_needs_the_config(tmp_path):
     save_file(to_hugging_face(full()), tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"heads of an encoder of width 32: set model\.num_heads"):
+    with pytest.raises(UserError, match=r"heads of an encoder of width 32: say --num_heads"):
         infer_architecture(read_weights(tmp_path))
     config = {"num_attention_heads": 2, "decoder_num_attention_heads": 2, "image_size": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -226,6 +226,23 @@ def test_another_architecture(settings, key, mend, saved):
     sentence = refusal(tiny(**settings), saved(full()))
     assert "w.pth does not fit the model" in sentence and key in sentence
     assert f": {mend} give weights of the model's size" in sentence
+
+
+def test_the_heads_of_a_published_width_are_named_and_watched(saved, caplog):
+    state = {
+        name: value if name.startswith(("decoder", "mask")) else torch.zeros(
+            [192 if side == 32 else 6 * side if side in (96, 128) else side for side in value.shape]
+        )
+        for name, value in full().items()
+    }  # fmt: skip
+    sentence = refusal(tiny(), saved(state))
+    assert "set model.embed_dim=192, model.num_heads=3, or" in sentence
+    with pytest.raises(UserError):
+        load_weights(tiny(embed_dim=192, num_heads=4), [saved(state)])
+    assert (
+        "does not tell its heads: published encoders 192 wide have 3, the model has 4"
+        in caplog.text
+    )
 
 
 def test_images_of_another_number_of_channels_need_their_own_projection(saved):

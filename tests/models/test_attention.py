@@ -23,7 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 from mlomae.errors import UserError
 from mlomae.hypergrad.functions import differentiable_functions
-from mlomae.models.attention import BACKENDS, Attention, _say, attention, check_backend
+from mlomae.models.attention import (
+    BACKENDS,
+    Attention,
+    _import_problem,
+    _say,
+    attention,
+    check_backend,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SHAPE = (2, 2, 4, 3)  # batch, heads, tokens, head_dim
@@ -44,9 +51,11 @@ def arguments(dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = SHAPE
 def log(caplog) -> Iterator[Any]:
     """What attention says; other tests may have heard its sentences already."""
     _say.cache_clear()
+    _import_problem.cache_clear()  # packages come and go here
     caplog.set_level(logging.INFO, logger="mlomae.models.attention")
     yield caplog
     _say.cache_clear()
+    _import_problem.cache_clear()
 
 
 # --- an independent attention ----------------------------------------------------------------
@@ -370,7 +379,7 @@ def test_flash_attn_has_its_own_layout(backend, flash_attn, log):
 def test_what_flash_attn_cannot_do(changes, reason, flash_attn, log):
     assert on_gpu("auto", **changes)[:3] == (2, 3, 5)
     assert log.messages == [f"attention auto: sdpa, since {reason}"]
-    with pytest.raises(UserError, match=f"is flash_attn, but {reason}: mend that, or choose auto"):
+    with pytest.raises(UserError, match=f"is flash_attn, but {reason}: set it to auto"):
         on_gpu("flash_attn", **changes)
     assert flash_attn.calls == []
 
@@ -398,7 +407,7 @@ def test_flash_attn_that_is_missing_or_broken(package, reason, log, monkeypatch,
         monkeypatch.syspath_prepend(tmp_path)
     assert on_gpu("auto") == (2, 3, 5, 4)
     assert len(log.messages) == 1 and log.messages[0].endswith(reason)
-    with pytest.raises(UserError, match="mend that, or choose auto"):
+    with pytest.raises(UserError, match="set it to auto"):
         check_backend("flash_attn", CUDA, torch.bfloat16)
 
 
@@ -430,7 +439,7 @@ def test_bad_backends_are_refused_before_anything_runs():
         check_backend("flash", CPU, torch.float32)
     with pytest.raises(UserError, match="attention is fast: choose one of"):
         attention(*arguments(), "fast")
-    with pytest.raises(UserError, match="runs on CUDA alone and not on cpu: mend that, or choose"):
+    with pytest.raises(UserError, match="runs on CUDA alone and not on cpu: set it to auto"):
         attention(*arguments(), "flash_attn")
 
 
