@@ -9,7 +9,13 @@ from mlomae.errors import UserError
 from mlomae.foreign import infer_architecture, load_weights, read_weights
 from mlomae.models import MaskedAutoencoder
 from mlomae.recipe import Recipe
-from mlomae.weights import build_model, find_checkpoint, load_initial_weights, load_model
+from mlomae.weights import (
+    build_model,
+    find_checkpoint,
+    for_inference,
+    load_initial_weights,
+    load_model,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_WORKERS = 4  # loader threads for weights that come without a recipe
@@ -44,7 +50,7 @@ def of_run(run: str | Path, *, untrained: bool = False) -> Encoder:
     name, data = recipe.method, recipe.data
     if untrained:
         name = "initial" if recipe.init_from else "untrained"
-        model = build_model(recipe)
+        model = build_model(for_inference(recipe))
         _load_initial(model, recipe, run)
     source = {"checkpoint": str(find_checkpoint(run)), "untrained": untrained}
     return Encoder(name, source, model, data.mean, data.std, data.num_workers)

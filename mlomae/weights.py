@@ -94,8 +94,8 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Recipe]:
         UserError: nothing is there, or the weights are not those of the recipe's model.
     """
     checkpoint = find_checkpoint(path)
-    recipe = _anywhere(load_recipe(checkpoint / RECIPE_FILE))
-    model = build_model(recipe)
+    recipe = load_recipe(checkpoint / RECIPE_FILE)
+    model = build_model(for_inference(recipe))
     _load_strictly(model, checkpoint / MODEL_FILE)
     return model.eval(), recipe
 
@@ -110,12 +110,12 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 def load_masking_network(path: str | Path) -> MaskingNetwork | LightMaskingNetwork:
     """The masking network of an `mlo_mae` run or checkpoint folder, on the CPU."""
     checkpoint = find_checkpoint(path)
-    network = build_masking_network(_anywhere(load_recipe(checkpoint / RECIPE_FILE)))
+    network = build_masking_network(for_inference(load_recipe(checkpoint / RECIPE_FILE)))
     _load_strictly(network, checkpoint / MASKING_FILE)
     return network.eval()
 
 
-def _anywhere(recipe: Recipe) -> Recipe:
+def for_inference(recipe: Recipe) -> Recipe:
     """The recipe without what training alone needs, such as a kernel that only its GPUs have."""
     changes = {"attention": "auto", "compile_blocks": False, "activation_checkpointing": False}
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})

@@ -91,6 +91,18 @@ def test_sizes_are_those_of_the_recipe():
 # --- reading ---------------------------------------------------------------------------------
 
 
+def test_what_training_alone_needs_is_not_asked_for_again(tmp_path):
+    recipe = small("model.attention=flash_attn", "masking.network=light", "masking.hidden_dim=8",
+                   "model.compile_blocks=true")  # fmt: skip
+    save(tmp_path, 7, recipe)
+    model, read = load_model(tmp_path)
+    network = load_masking_network(tmp_path)
+    assert read == recipe  # as it was trained
+    scores = network(model.embed(torch.zeros(2, 3, 16, 16)))
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 16) and scores.shape == (2, 16)
+    assert model.blocks[0]._compiled_call_impl is None
+
+
 @pytest.mark.parametrize("overrides", [[], ["model.trainable_positions=true"]])
 def test_weights_come_back_to_the_bit(tmp_path, overrides):
     recipe = small(*overrides)
