@@ -42,8 +42,9 @@ from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_confi
 from mlomae.errors import UserError
 from mlomae.models import MaskedAutoencoder
 from mlomae.models.attention import check_backend
+from mlomae.plan import Plan
 from mlomae.recipe import Recipe
-from mlomae.train import Plan, build_levels, build_method
+from mlomae.train import build_levels, build_method
 
 PEAK_TFLOPS = {  # dense bfloat16, as the vendor states it; the first name that fits counts
     "B200": 2250.0,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mlomae._recipe_schema import flatten
+from mlomae._recipe_section import flatten
 from mlomae.engines import TrainingLevel, build_optimizer
 from mlomae.hypergrad import WeightedLoss
 from mlomae.hypergrad.losses import Models
@@ -22,7 +22,8 @@ from mlomae.mlo_mae import classification_loss
 from mlomae.models.mae import num_kept
 from mlomae.randomness import hashed
 from mlomae.recipe import ModelRecipe, Recipe
-from mlomae.train import BUILDERS, coupling
+from mlomae.train import coupling
+from mlomae.weights import BUILDERS
 
 BATCH = 16
 LARGEST = {"depth": 2, "decoder_depth": 1, "num_heads": 4, "decoder_num_heads": 4, "patch_size": 4}

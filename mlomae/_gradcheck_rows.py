@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from mlomae._gradcheck_memory import PeakMemory
 from mlomae._gradcheck_problem import LOWER, Labelled, RandomBatches, Truth, Weights
-from mlomae._recipe_schema import ESTIMATOR_KEYS
+from mlomae._recipe_levels import ESTIMATOR_KEYS
 from mlomae.engines import TrainingLevel
 from mlomae.estimators import build_estimator
 from mlomae.hypergrad import FiniteDifference, Hypergradient, Identity, Level

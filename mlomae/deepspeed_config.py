@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mlomae._recipe_schema import flatten
+from mlomae._recipe_section import flatten
 from mlomae.errors import UserError
 from mlomae.recipe import LevelRecipe, Recipe
 

@@ -22,9 +22,10 @@ from mlomae._ranks import launched_world_size, report, set_up_logging, start_ran
 from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from mlomae.engines import NonFiniteError, TrainingLevel
 from mlomae.errors import UserError
+from mlomae.plan import Plan
 from mlomae.randomness import hashed
 from mlomae.recipe import Recipe, load_recipe
-from mlomae.train import Plan, build_levels
+from mlomae.train import build_levels
 
 ENDLESS = 10**9  # cycles of the schedule, which therefore stays at its peak
 BOUNDS = {  # largest relative error and smallest cosine, by what the models compute in

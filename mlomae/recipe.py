@@ -19,26 +19,22 @@ from typing import Any, Literal, get_args
 from pydantic import NonNegativeInt, PositiveFloat, ValidationError, model_validator
 from typing_extensions import Self
 
-from mlomae._recipe_schema import (
+from mlomae._recipe_levels import (
+    CheckpointRecipe,
+    ClassifierRecipe,
+    HypergradientRecipe,
+    LevelRecipe,
+    MonitorRecipe,
+)
+from mlomae._recipe_model import (
     NETWORKS,
     PRESET_SIZES,
     AugmentationRecipe,
-    CheckpointRecipe,
-    ClassifierRecipe,
     DataRecipe,
-    FilePath,
-    FilePaths,
-    HypergradientRecipe,
-    LevelRecipe,
     MaskingRecipe,
     ModelRecipe,
-    MonitorRecipe,
-    Names,
-    Refusal,
-    Section,
-    flatten,
-    nearest,
 )
+from mlomae._recipe_section import FilePath, FilePaths, Names, Refusal, Section, flatten, nearest
 from mlomae._yaml import dump_yaml, parse_yaml
 from mlomae.errors import UserError
 

@@ -1,11 +1,13 @@
 """Weights in and out of a run: building the networks of a recipe, reading a trained encoder."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mlomae.errors import UserError
 from mlomae.models import (
@@ -61,6 +63,14 @@ def build_classifier(recipe: Recipe) -> ClassificationHead:
         return ClassificationHead(
             recipe.model.embed_dim, recipe.data.num_classes, recipe.classifier.dropout
         )
+
+
+BUILDERS: dict[str, Callable[[Recipe], nn.Module]] = {
+    "pretrain": build_model,
+    "classifier": build_classifier,
+    "mask": build_masking_network,
+}
+"""The untrained network of each level."""
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -1,15 +1,10 @@
-"""The sections of a recipe: their keys with type, default and unit, and the checks within one."""
+"""The sections on what is trained: model, masking, data."""
 
-import difflib
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,6 +14,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from mlomae._recipe_section import FilePath, Refusal, Section, nearest
 from mlomae.models.attention import BACKENDS
 from mlomae.models.mae import num_kept
 from mlomae.models.masking import LightMaskingNetwork
@@ -26,48 +22,6 @@ from mlomae.models.registry import PRESETS
 
 PRESET_SIZES = ("embed_dim", "depth", "num_heads")
 
-
-class Refusal(ValueError):
-    """A broken rule between keys, as a sentence `key problem`; the loader adds file and section."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        self.key, self.problem = key, problem
-        super().__init__(f"{key} {problem}")
-
-
-def nearest(name: str, valid: list[str]) -> str:
-    """Return the entry of `valid` most like `name`."""
-    return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys with their values; an empty section is a value."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-class Section(BaseModel):
-    """What all sections share."""
-
-    # strict: `image_size: true` or `epochs: "4"` is a slip, not a number
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-# YAML knows no tuples and no paths, so these two accept what stands for them
-FilePath = Annotated[Path, Field(strict=False)]
-# one stands for a list of one
-_Listed = BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)
-FilePaths = Annotated[tuple[FilePath, ...], _Listed, Field(strict=False)]
-Names = Annotated[tuple[str, ...], _Listed, Field(strict=False)]
 _Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 _PositiveTriple = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
 _Sides = Annotated[
@@ -76,7 +30,6 @@ _Sides = Annotated[
     Field(strict=False),
 ]
 _Fraction = Annotated[float, Field(gt=0, lt=1)]
-_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelRecipe(Section):
@@ -280,140 +233,3 @@ class DataRecipe(Section):
     augmentation: AugmentationRecipe = AugmentationRecipe()
     num_workers: PositiveInt = 1
     """Loader threads per stream and rank."""
-
-
-class LevelRecipe(Section):
-    """Batches and optimizer of one level."""
-
-    batch_size: PositiveInt
-    """Images per optimizer step over all ranks and accumulation steps."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches per optimizer step; pretrain only."""
-    steps_per_cycle: PositiveInt = 1
-    """Optimizer steps per cycle, k1 of pretrain and k2 of classifier; the mask takes one."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """PyTorch's AdamW, or SGD with momentum."""
-    base_lr: PositiveFloat | None = None
-    """Peak learning rate at 256 images per step; lr = base_lr * batch_size / 256."""
-    lr: PositiveFloat
-    """Peak learning rate; give this or base_lr."""
-    weight_decay: NonNegativeFloat = 0.05
-    """Weight decay; decoupled for adamw."""
-    decay_norm_and_bias: bool = False
-    """Decay 1-D parameters (biases and norms) as well."""
-    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.95)
-    """Decay rates of the two moments; adamw only."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment; adamw only."""
-    momentum: _Beta = 0.9
-    """Momentum; sgd only."""
-    warmup_epochs: NonNegativeFloat = 0.0
-    """Linear warm-up from zero, epochs of the recipe; a half cosine to min_lr follows."""
-    min_lr: NonNegativeFloat = 0.0
-    """Learning rate at the end of the schedule."""
-    gradient_clipping: NonNegativeFloat = 0.0
-    """Largest global norm of the gradient; 0 is off."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_lr(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("lr") is not None:
-            return values
-        base_lr, batch_size = values.get("base_lr"), values.get("batch_size")
-        if base_lr is None:
-            raise Refusal("lr", "is missing: give lr or base_lr")
-        if not isinstance(base_lr, int | float) or not isinstance(batch_size, int):
-            return {**values, "lr": 1.0}  # the field's own check names the bad value
-        return {**values, "lr": base_lr * batch_size / 256}
-
-    @model_validator(mode="after")
-    def _check_lr(self) -> Self:
-        scaled = self.lr if self.base_lr is None else self.base_lr * self.batch_size / 256
-        if not math.isclose(self.lr, scaled, rel_tol=1e-6):
-            problem = (
-                f"is {self.lr:g}, but base_lr {self.base_lr:g} at batch_size {self.batch_size} "
-                f"gives {scaled:g}: remove one of the two (null removes a key)"
-            )
-            raise Refusal("lr", problem)
-        if self.min_lr > self.lr:
-            raise Refusal("min_lr", f"is {self.min_lr:g}, above lr {self.lr:g}: lower it")
-        return self
-
-
-class ClassifierRecipe(LevelRecipe):
-    """The classifier level: batches, optimizer and head."""
-
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Dropout probability before the last linear layer of the head."""
-
-
-ESTIMATOR_KEYS: dict[str, tuple[str, ...]] = {
-    "unrolled": ("pretrain_steps", "classifier_steps"),
-    "truncated": ("pretrain_steps", "classifier_steps"),
-    "identity": (),
-    "sama": (),
-    "neumann": ("terms", "step_size"),
-    "conjugate_gradient": ("iterations", "tolerance", "damping"),
-}
-
-
-class HypergradientRecipe(Section):
-    """How the mask's hypergradient is estimated; mlo_mae only."""
-
-    estimator: Literal[
-        "unrolled", "truncated", "identity", "sama", "neumann", "conjugate_gradient"
-    ] = "unrolled"
-    """Exact through real optimizer steps, or one of the approximations."""
-    pretrain_steps: PositiveInt = 1
-    """Newest encoder steps of a cycle to differentiate; unrolled and truncated only."""
-    classifier_steps: PositiveInt = 1
-    """Newest classifier steps of a cycle to differentiate; unrolled and truncated only."""
-    terms: PositiveInt = 3
-    """Terms of Neumann's series after the first; neumann only."""
-    step_size: PositiveFloat = 0.1
-    """Step size of Neumann's series, below two over the largest curvature; neumann only."""
-    iterations: PositiveInt = 5
-    """Iterations at most; conjugate_gradient only."""
-    tolerance: NonNegativeFloat = 1e-6
-    """Relative residual that ends the iterations; conjugate_gradient only."""
-    damping: NonNegativeFloat = 0.0
-    """Added to the Hessian's diagonal; conjugate_gradient only."""
-    relative_step: PositiveFloat | None = None
-    """Use finite differences that move the weights by this share of their norm."""
-    radius: PositiveFloat | None = None
-    """Use finite differences that move the weights by this 2-norm; the public code's is 0.01."""
-    keep_activations: bool = True
-    """Keep the encoder's activations of the classifier step until the mask step: less time, more
-    memory."""
-
-    @model_validator(mode="after")
-    def _check_keys(self) -> Self:
-        if self.relative_step is not None and self.radius is not None:
-            raise Refusal("radius", "is given beside relative_step: remove one of the two")
-        for estimator, keys in ESTIMATOR_KEYS.items():
-            own = ESTIMATOR_KEYS[self.estimator]
-            for key in keys:
-                if key not in own and getattr(self, key) != type(self).model_fields[key].default:
-                    problem = f"is set, but estimator {self.estimator} has no such key: remove it"
-                    raise Refusal(key, f"{problem}, or choose {estimator}")
-        return self
-
-
-class CheckpointRecipe(Section):
-    """When to save; never changes results."""
-
-    interval_epochs: PositiveFloat | None = None
-    """Epochs between checkpoints; null saves only at the end."""
-    keep: PositiveInt = 2
-    """Newest checkpoints which are kept."""
-
-
-class MonitorRecipe(Section):
-    """What to watch; never changes results."""
-
-    log_interval: PositiveInt = 10
-    """Cycles between two records."""
-    picture_interval_epochs: PositiveFloat | None = None
-    """Epochs between two mask pictures; null draws one only at the end."""
-    num_pictures: PositiveInt = 8
-    """Images in a mask picture."""
