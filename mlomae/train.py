@@ -104,14 +104,14 @@ def run(plan: Plan) -> None:
 def build_levels(plan: Plan, num_cycles: int) -> dict[str, TrainingLevel]:
     """A DeepSpeed engine for each level of the recipe. All ranks must call."""
     recipe, levels = plan.recipe, {}
-    modules = {name: BUILDERS[name](recipe) for name in recipe.levels}
-    if not is_continued(recipe, plan.resume):
-        load_initial_weights(modules["pretrain"], recipe)
     for name, level in recipe.levels.items():
+        module = BUILDERS[name](recipe)
+        if name == "pretrain" and not is_continued(recipe, plan.resume):
+            load_initial_weights(module, recipe)
         total_steps = num_cycles * level.steps_per_cycle
         levels[name] = build_level(
             name,
-            modules.pop(name),
+            module,
             level,
             level_config(
                 plan.deepspeed_config,
