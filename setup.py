@@ -14,23 +14,29 @@ setup(
         "torchvision>=0.21,<1",
         "deepspeed>=0.18.7",  # 0.18.5 and 0.18.6 are 2.5 times slower
         "timm>=1.0.23",  # the first whose Block takes attn_layer
-        "ffcv==1.0.2",  # the last release; data_ffcv extends its loader classes
-        "pillow>=10",  # FFCV imports it without declaring it
-        "setuptools",  # FFCV imports distutils, which Python 3.12 gets from here
+        "numba>=0.59",
         "numpy>=1.26",
+        "pillow>=10",
         "pydantic>=2",
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4.3",
+        "simplejpeg>=1.7",
         "tensorboard>=2.16",
         "torchmetrics>=1.4",
     ],
     extras_require={
+        "datasets": ["datasets>=3"],
+        "ffcv": [
+            "ffcv==1.0.2",  # the last release; data_ffcv extends its loader classes
+            "setuptools",  # FFCV imports distutils, which Python 3.12 gets from here
+        ],
         "flash": ["flash-attn>=2.7"],
         "hub": ["huggingface_hub>=0.25", "transformers>=4.46"],
         "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
         "wandb": ["wandb>=0.18"],
         "dev": [
+            "datasets>=3",
             "mypy>=1.15",
             "onnx>=1.16",
             "onnxruntime>=1.18",
@@ -41,6 +47,7 @@ setup(
             "ruff>=0.12",
             "scikit-learn>=1.4",  # an independent reference in the tests of eval
             "transformers>=4.46",  # likewise of the models and their weights
+            "webdataset>=0.2.86",  # likewise of tar files
         ],
     },
 )

@@ -4,9 +4,11 @@ Importing this package imports neither FFCV nor numba; both are loaded when the 
 is opened.
 """
 
+from data_ffcv._pipeline import choose_backend
 from data_ffcv.augment import Augmentation
 from data_ffcv.beton import BetonInfo, inspect_beton
 from data_ffcv.errors import DataError
+from data_ffcv.folder import FolderInfo, ImagesInfo, inspect_images
 from data_ffcv.loader import EvalLoader, Stream, open_eval_loader, open_stream
 from data_ffcv.splits import shard_indices, split_by_class
 
@@ -15,8 +17,12 @@ __all__ = [
     "BetonInfo",
     "DataError",
     "EvalLoader",
+    "FolderInfo",
+    "ImagesInfo",
     "Stream",
+    "choose_backend",
     "inspect_beton",
+    "inspect_images",
     "open_eval_loader",
     "open_stream",
     "shard_indices",

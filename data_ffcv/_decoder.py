@@ -1,200 +1,155 @@
-"""FFCV parts of our own: the seeded decoder, and an iterator that reports its errors.
+"""Fills batches: decodes, augments and labels samples in a pool of threads of the stream's own.
 
-Decoding runs in a thread pool of the stream's own. numba's parallel loops would need a threading
-layer that survives several loaders at once (workqueue aborts, OpenMP dies after a fork, TBB
-may hang at exit) and would compile for every loader.
+numba's parallel loops would need a threading layer that survives several loaders at once
+(workqueue aborts, OpenMP dies after a fork, TBB may hang at exit) and would compile for every
+loader.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, Full
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from data_ffcv import _kernels
-from data_ffcv._ffcv import (
-    AllocationQuery,
-    EpochIterator,
-    IntDecoder,
-    Loader,
-    Operation,
-    PipelineSpec,
-    State,
-    keep_torch_threads,
-    uncompiled,
-)
-from data_ffcv.augment import KINDS, Augmentation, to_pair
-from data_ffcv.beton import BetonInfo
-from data_ffcv.errors import DataError
+from data_ffcv._colours import Colours
+from data_ffcv._images import Images
+from data_ffcv._normalise import look_up
+from data_ffcv.augment import Augmentation
 
-# (epoch, sample indices): what is to be decoded next.
-BatchPlan = tuple[int, np.ndarray]
-_COLUMNS = ("mode", "height", "width")
+_NUM_TOGETHER = 8  # images between two stages: few enough to stay in a core's cache
+_NO_MASKS = np.empty((0, 0, 0), np.uint8)
 
 
-def to_settings(augmentation: Augmentation, seed: int) -> _kernels.Settings:
-    """Returns an augmentation as `Settings`."""
-    return _kernels.Settings(
-        seed=np.uint64(seed),
-        kind=KINDS.index(augmentation.kind),
-        image_size=(augmentation.height, augmentation.width),
-        scale_low=float(augmentation.scale[0]),
-        scale_high=float(augmentation.scale[1]),
-        ratio_low=float(augmentation.ratio[0]),
-        ratio_high=float(augmentation.ratio[1]),
-        padding=augmentation.padding,
-        flip=augmentation.flip,
-        bicubic=augmentation.interpolation == "bicubic",
-        resize=to_pair(augmentation.resize or 0),
-    )
+class Array(NamedTuple):
+    """One array of a batch: shape of a sample's part, and type."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
-class SeededDecoder(Operation):
-    """Decodes image batches; `epoch` is set by the iterator before each batch."""
+class Decoder:
+    """Turns sample numbers into the arrays of a batch.
 
-    def __init__(self, info: BetonInfo, augmentation: Augmentation, seed: int, num_workers: int):
-        super().__init__()
-        self.epoch = 0
-        self._info = info
-        self._num_workers = num_workers
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
-        self._settings = to_settings(augmentation, seed)
+    They are one array of images for each view, uint8 [n, height, width, 3], or normalised float32
+    [n, 3, height, width] with a `table`; then the labels, int64 [n], or the masks of the first
+    view, uint8 [n, height, width].
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        shape, dtype = (*self._settings.image_size, 3), np.dtype("u1")
-        state = State(jit_mode=True, device=torch.device("cpu"), shape=shape, dtype=dtype)
-        return state, AllocationQuery(shape, dtype)
-
-    def generate_code(self) -> Callable:
-        return self._decode
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True)
-
-    def _decode(
-        self, indices: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple
-    ) -> np.ndarray:
-        """Fills out[:len(indices)], each worker one consecutive run of it."""
-        bounds = np.linspace(0, len(indices), self._num_workers + 1).astype(int)
-        runs = [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
-        list(
-            self._pool.map(
-                lambda run: self._decode_run(indices[run], out[run], metadata, storage), runs
-            )
-        )
-        return out[: len(indices)]
-
-    def _decode_run(
-        self, indices: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple
-    ) -> None:
-        file, pointers, sizes = storage
-        rows = metadata[indices]
-        region = np.searchsorted(pointers, rows["data_ptr"])
-        columns = (indices, rows["data_ptr"], sizes[region], *(rows[c] for c in _COLUMNS))
-        table = np.stack([column.astype(np.int64) for column in columns], axis=1)
-        scratch = np.empty(3 * (table[:, 4] * table[:, 5]).max(), np.uint8)
-        corrupt = _kernels.decode_images(
-            file.view(np.ndarray), table, self.epoch, self._settings, scratch, out
-        )
-        if corrupt >= 0:
-            raise DataError(
-                f"{self._info.path}: the JPEG data of sample {indices[corrupt]} is corrupt; "
-                "convert the file again"
-            )
-
-
-class LabelDecoder(IntDecoder):
-    """FFCV's integer decoder as one numpy gather, since nothing here is compiled."""
-
-    def generate_code(self) -> Callable:
-        def decode(
-            indices: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple
-        ) -> np.ndarray:
-            out[: len(indices), 0] = metadata[indices]
-            return out[: len(indices), 0]
-
-        return decode
-
-
-class BatchIterator(EpochIterator):
-    """Loads the planned batches ahead in one thread, over any number of epochs.
-
-    FFCV's own iterator loses exceptions of its thread, leaks the thread when it is left early and
-    sets torch's thread count. Buffers are a ring: a batch is valid until the next one is taken.
+    Attributes:
+        arrays: What these arrays are, in this order.
     """
 
-    def __init__(self, loader: Loader, decoder: SeededDecoder, plan: Iterator[BatchPlan]):
-        self._decoder = decoder
-        self._plan = plan
-        self._failure: BaseException | None = None
-        self._ended = False
-        super().__init__(loader, [])
+    def __init__(
+        self,
+        images: Images,
+        labels: np.ndarray | None,
+        views: Sequence[Augmentation],
+        *,
+        seed: int,
+        fill: tuple[int, int, int],
+        num_workers: int,
+        table: np.ndarray | None,
+    ) -> None:
+        """Starts no thread yet.
 
-    def run(self) -> None:
-        num_slots = self.loader.batches_ahead + 2
-        try:
-            for number, (epoch, indices) in enumerate(self._plan):
-                self._decoder.epoch = epoch
-                slot = number % num_slots
-                if not self._put(self.run_pipeline(number, indices, slot, None)):
-                    return
-        except BaseException as error:
-            self._failure = error
-        self._put(None)
+        Args:
+            images: Where the pixels come from.
+            labels: Class of each sample; None for a set with masks.
+            views: What is done to each image, once for each view.
+            seed: Of this stream alone; decides crops, flips and colours.
+            fill: Colour of what lies outside an image, three values in 0 ... 255.
+            num_workers: Number of threads.
+            table: float32 [3, 256] of `normalisation_table`, or None to leave images as bytes.
+        """
+        self._images, self._labels, self._views, self._table = images, labels, views, table
+        self._settings = [_kernels.to_settings(a, seed, v, fill) for v, a in enumerate(views)]
+        self._colours = [
+            Colours(a, seed, v) if a.changes_colours else None for v, a in enumerate(views)
+        ]
+        self._num_workers = num_workers
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+        self.arrays = [self._view_array(view) for view in views]
+        target = Array((), np.dtype(np.int64))
+        if labels is None:
+            target = Array((views[0].height, views[0].width), np.dtype(np.uint8))
+        self.arrays.append(target)
 
-    def _put(self, result: tuple | None) -> bool:
-        """Hands a result to the consumer; False once the iterator is being closed."""
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(result, timeout=0.1)
-                return True
-            except Full:
-                pass
-        return False
+    def decode(self, epoch: int, indices: np.ndarray, batch: Sequence[np.ndarray]) -> None:
+        """Fills the arrays of a batch, each worker one consecutive run of it.
 
-    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns views of (images [n, height, width, 3] uint8, labels [n] int64)."""
-        result = None if self._ended else self.output_queue.get()
-        if result is not None:
-            return result
-        self._ended = True
-        if self._failure is not None:
-            raise self._failure
-        raise StopIteration
+        Raises:
+            DataError: a sample is corrupt.
+        """
+        *_, targets = batch
+        if self._labels is not None:
+            targets[:] = self._labels[indices]
+        bounds = np.linspace(0, len(indices), self._num_workers + 1).astype(int)
+        runs = [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+        jobs = [self._pool.submit(self._decode_run, epoch, indices, batch, run) for run in runs]
+        for job in jobs:
+            job.result()
 
-    def stop(self) -> None:
-        """Ends the loading thread and the workers; returns when they are gone."""
-        self.terminate_event.set()
-        while self.is_alive():
-            try:
-                self.output_queue.get_nowait()
-            except Empty:
-                self.join(timeout=0.01)
-        self.close()
-        self._decoder.close()
+    def close(self) -> None:
+        """Ends the threads, after what they are at."""
+        self._pool.shutdown(wait=True)
 
+    def _view_array(self, view: Augmentation) -> Array:
+        if self._table is None:
+            return Array((view.height, view.width, 3), np.dtype(np.uint8))
+        return Array((3, view.height, view.width), np.dtype(np.float32))
 
-def start_batches(
-    info: BetonInfo,
-    augmentation: Augmentation,
-    plan: Iterator[BatchPlan],
-    batch_size: int,
-    seed: int,
-    num_workers: int,
-) -> BatchIterator:
-    """Builds FFCV's loader on a checked file and starts loading the planned batches."""
-    decoder = SeededDecoder(info, augmentation, seed, num_workers)
-    with keep_torch_threads(), uncompiled():
-        loader = Loader(
-            str(info.path),
-            batch_size=batch_size,
-            num_workers=1,  # FFCV's own (numba) threads: none of its compiled code runs
-            os_cache=True,
-            pipelines={
-                "image": PipelineSpec("image", decoder=decoder),
-                "label": PipelineSpec("label", decoder=LabelDecoder()),
-            },
-        )
-    return BatchIterator(loader, decoder, plan)
+    def _decode_run(
+        self, epoch: int, indices: np.ndarray, batch: Sequence[np.ndarray], run: slice
+    ) -> None:
+        *views, targets = batch
+        for start in range(run.start, run.stop, _NUM_TOGETHER):
+            part = slice(start, min(start + _NUM_TOGETHER, run.stop))
+            masks = targets[part] if self._labels is None else _NO_MASKS
+            self._decode_part(epoch, indices[part], [view[part] for view in views], masks)
+
+    def _decode_part(
+        self, epoch: int, indices: np.ndarray, outs: list[np.ndarray], masks: np.ndarray
+    ) -> None:
+        bytes_out = outs
+        if self._table is not None:
+            sizes = [(len(indices), view.height, view.width, 3) for view in self._views]
+            bytes_out = [np.empty(size, np.uint8) for size in sizes]
+        self._augment(epoch, indices, bytes_out, masks)
+        for view, colours in zip(bytes_out, self._colours, strict=True):
+            if colours is not None:
+                for pixels, index in zip(view, indices, strict=True):
+                    colours(pixels, epoch, int(index))
+        if self._table is not None:
+            for view, out in zip(bytes_out, outs, strict=True):
+                look_up(view, self._table, out)
+
+    def _augment(
+        self, epoch: int, indices: np.ndarray, outs: list[np.ndarray], masks: np.ndarray
+    ) -> None:
+        images = self._images
+        table = np.concatenate([indices[:, None], images.places(indices)], axis=1)
+        in_file = table[:, 1] >= 0
+        if in_file.all():
+            self._augment_rows(images.pixels, table, epoch, outs, masks)
+            return
+        for n, index in enumerate(indices):
+            row, pixels = table[n : n + 1], images.pixels
+            if not in_file[n]:
+                image = images.decode(int(index))
+                row[0, 1], row[0, 3:] = 0, image.shape[:2]
+                pixels = image.reshape(-1)
+            one = slice(n, n + 1)
+            self._augment_rows(pixels, row, epoch, [out[one] for out in outs], masks[one])
+
+    def _augment_rows(
+        self,
+        pixels: np.ndarray,
+        table: np.ndarray,
+        epoch: int,
+        outs: list[np.ndarray],
+        masks: np.ndarray,
+    ) -> None:
+        for settings, out in zip(self._settings, outs, strict=True):
+            _kernels.augment_images(pixels, self._images.masks, table, epoch, settings, out, masks)
+            masks = _NO_MASKS  # those of the first view only

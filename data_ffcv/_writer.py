@@ -1,155 +1,210 @@
-"""FFCV's writer, made to fail instead of hang.
+"""Writes ``.beton`` files: threads read and encode samples, one thread writes them in order.
 
-FFCV's writer waits for ever when a worker dies. `write_beton` runs the same workers, watches them
-and reports the first sample that could not be read.
+The bytes depend on the samples, the settings and the seed, never on the number of threads.
 """
 
-import ctypes
-import sys
-from collections.abc import Callable
-from multiprocessing import Process, Queue, Value
-from pathlib import Path
-from queue import Empty
-from typing import Any
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
-from data_ffcv._ffcv import DatasetWriter, IntField, MemoryAllocator, RGBImageField
-from data_ffcv._sources import Source
+from data_ffcv._encoding import Encoded, Encoding
+from data_ffcv._format import (
+    ALLOCATION,
+    FIELD,
+    HEADER,
+    LABELLED,
+    LABELLED_FIELDS,
+    MASKED,
+    MASKED_FIELDS,
+    METADATA_START,
+    VERSION,
+)
 from data_ffcv.errors import DataError
+from data_ffcv.sources import Source
 
-PAGE_BYTES = 8 << 20  # FFCV's default; a sample must fit into one page
-_POLL_SECONDS = 0.1
-
-
-class _Samples:
-    """What FFCV's workers read: validated (pixels [H, W, 3] uint8, label) pairs."""
-
-    def __init__(self, source: Source, min_side: int | None, seed: int, errors: Queue) -> None:
-        self._source = source
-        self._min_side = min_side
-        self._seed = seed
-        self._errors = errors
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        try:
-            pixels = self._read(int(index))
-        except Exception as error:
-            self._errors.put(f"{self._source.name(int(index))} cannot be converted: {error}")
-            sys.exit(1)  # a worker that raised would print a traceback beside the sentence
-        # Write mode "proportion" draws from numpy's global generator: seeded here, its choice
-        # does not depend on which worker meets the sample.
-        np.random.seed((self._seed + int(index)) % 2**32)
-        return pixels, int(self._source.labels[index])
-
-    def _read(self, index: int) -> np.ndarray:
-        image = self._source.image(index)
-        scale = self._min_side / min(image.size) if self._min_side else 1.0
-        if scale < 1:
-            size = tuple(max(self._min_side, round(side * scale)) for side in image.size)
-            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        pixels = np.asarray(image)
-        if pixels.nbytes > PAGE_BYTES:
-            width, height = image.size
-            raise ValueError(f"{width}x{height} pixels are too many; pass --min_side 512")
-        return pixels
+PAGE_SIZE = 8 << 20  # FFCV's default
+_RUN = 32  # samples a thread takes at once: fewer, and threads mostly wait for one another
 
 
-class _WatchedWriter(DatasetWriter):
-    """`DatasetWriter` whose main loop notices failing samples and dead workers."""
+@dataclass
+class Written:
+    """What became of the samples.
 
-    def __init__(
-        self,
-        path: Path,
-        fields: dict[str, Any],
-        num_workers: int,
-        errors: Queue,
-        on_progress: Callable[[int], None],
-    ) -> None:
-        super().__init__(str(path), fields, page_size=PAGE_BYTES, num_workers=num_workers)
-        self._errors = errors
-        self._on_progress = on_progress
+    Attributes:
+        num_samples: How many were written.
+        image_size: "height" and "width", each [smallest, largest] in pixels.
+        skipped: (name, reason) of those left out.
+        changed: (name, what was done to it) of the odd images.
+        notes: How many samples each thing was done to.
+    """
 
-    def _write_common(
-        self, num_samples: int, queue_content: Any, work_fn: Callable, extra_worker_args: tuple
-    ) -> None:
-        """Replaces FFCV's loop; same workers, same file."""
-        self.num_samples = num_samples
-        self.prepare()
-        chunks: Queue = Queue()
-        for chunk in [*queue_content, *([None] * self.num_workers)]:
-            chunks.put(chunk)
-        allocations: Queue = Queue()
-        done = Value(ctypes.c_uint64, 0)
-        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
-        shared = (chunks, self.metadata_sm, self.metadata_type, self.fields, allocator, done)
-        workers = [
-            Process(target=work_fn, args=(*shared, allocations, *extra_worker_args), daemon=True)
-            for _ in range(self.num_workers)
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            self.finalize(self._watch(workers, done, allocations))
-        finally:
-            for worker in workers:
-                worker.terminate()
-                worker.join()
-            chunks.cancel_join_thread()
-            self.metadata_sm.close()
-            self.metadata_sm.unlink()
-
-    def _watch(self, workers: list[Process], done: Any, allocations: Queue) -> list:
-        """Waits until every worker has handed in its allocations; raises when one fails."""
-        collected: list = []
-        num_reports = 0
-        while num_reports < len(workers):
-            try:
-                collected += allocations.get(timeout=_POLL_SECONDS)
-                num_reports += 1
-            except Empty:
-                pass
-            # In this order: what a worker reported before it died has arrived by then.
-            dead = [worker.exitcode for worker in workers if worker.exitcode]
-            if not self._errors.empty():
-                raise DataError(self._errors.get())
-            if dead:
-                raise DataError(
-                    f"a conversion worker died (exit code {dead[0]}); "
-                    "check free disk and memory, or pass --num_workers 1"
-                )
-            self._on_progress(done.value)
-        return collected
+    num_samples: int = 0
+    image_size: dict[str, list[int]] = field(default_factory=dict)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 def write_beton(
+    file: BinaryIO,
     source: Source,
-    path: Path,
+    indices: np.ndarray,
+    encoding: Encoding,
     *,
-    image_field: dict[str, Any],
-    min_side: int | None,
-    num_workers: int,
-    seed: int,
-    on_progress: Callable[[int], None],
-) -> None:
-    """Writes a source's samples in a seeded random order.
+    num_workers: int = 1,
+    skip_errors: bool = False,
+    on_sample: Callable[[], None] = lambda: None,
+) -> Written:
+    """Writes some samples of a source to an empty file, in the order of `indices`.
 
     Args:
-        source: The images and labels.
-        path: File to write.
-        image_field: Keyword arguments of FFCV's RGBImageField.
-        min_side: Shorter sides longer than this are shrunk to it; None keeps every size.
-        num_workers: Writing processes.
-        seed: Decides the order.
-        on_progress: Called with the number of samples written so far.
+        file: Opened for writing and reading; is complete and on the disk when this returns.
+        source: The images.
+        indices: Which samples.
+        encoding: How they are stored.
+        num_workers: Threads that read and encode.
+        skip_errors: Leave samples out that cannot be read, instead of raising.
+        on_sample: Called after each sample.
 
     Raises:
-        DataError: a sample cannot be read, or a worker died.
+        DataError: a sample, or with `skip_errors` every sample, cannot be read.
+        OSError: the file cannot be written.
     """
-    errors: Queue = Queue()
-    fields = {"image": RGBImageField(**image_field), "label": IntField()}
-    writer = _WatchedWriter(path, fields, num_workers, errors, on_progress)
-    samples = _Samples(source, min_side, seed, errors)
-    order = np.random.default_rng(seed).permutation(len(source.labels))
-    writer.from_indexed_dataset(samples, indices=order, chunksize=100)
+    labels = source.labels
+    writer = _PageWriter(file, len(indices), has_masks=labels is None)
+    written = Written()
+    for index, sample in _encode_all(source, indices, encoding, num_workers):
+        if isinstance(sample, Exception):
+            written.skipped.append((source.name(index), _reason(sample)))
+            if not skip_errors:
+                raise DataError(
+                    "{} cannot be converted: {} (--on_error skip leaves such images out)".format(
+                        *written.skipped[0]
+                    )
+                ) from sample
+        else:
+            writer.add(sample, 0 if labels is None else int(labels[index]))
+            if sample.notes:
+                written.changed.append((source.name(index), ", ".join(sample.notes)))
+                written.notes.update(sample.notes)
+        on_sample()
+    written.num_samples = len(indices) - len(written.skipped)
+    if written.num_samples == 0:
+        raise DataError("none of the images can be read; {}: {}".format(*written.skipped[0]))
+    written.image_size = writer.finish()
+    return written
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _encode_all(
+    source: Source, indices: np.ndarray, encoding: Encoding, num_workers: int
+) -> Iterator[tuple[int, Encoded | Exception]]:
+    """Yields (index, sample or what went wrong) in order; few samples are in memory at once."""
+
+    def encode(run: np.ndarray) -> list[tuple[int, Encoded | Exception]]:
+        return [(index, _try_encode(source, index, encoding)) for index in run.tolist()]
+
+    pending: deque[Future] = deque()
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="convert")
+    try:
+        for start in range(0, len(indices), _RUN):
+            pending.append(pool.submit(encode, indices[start : start + _RUN]))
+            if len(pending) > num_workers + 1:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _try_encode(source: Source, index: int, encoding: Encoding) -> Encoded | Exception:
+    try:
+        return encoding.encode(source.read(index), index)
+    except MemoryError:
+        raise  # says nothing about the sample
+    except Exception as error:
+        return error
+
+
+class _PageWriter:
+    """Lays samples out as FFCV does: none crosses a page, and data begins behind the metadata.
+
+    Room is reserved for the metadata of `max_samples`; if fewer come, a gap stays that no reader
+    looks at.
+    """
+
+    def __init__(self, file: BinaryIO, max_samples: int, has_masks: bool) -> None:
+        self._file = file
+        self._has_masks = has_masks
+        self._rows = np.zeros(max_samples, MASKED if has_masks else LABELLED)
+        self._table = np.zeros((max_samples, 1 + has_masks), ALLOCATION)
+        self._num_samples = 0
+        self._page_size = PAGE_SIZE
+        self._position = _align(METADATA_START + self._rows.nbytes, PAGE_SIZE)
+        file.seek(self._position)
+
+    def add(self, sample: Encoded, label: int) -> None:
+        self._find_room(sample.num_bytes)
+        row, regions = self._rows[self._num_samples], self._table[self._num_samples]
+        row["image"] = (sample.mode, sample.width, sample.height, self._position)
+        regions["sample_id"] = self._num_samples
+        self._write(regions[0], sample.image)
+        if sample.mask is not None:
+            row["mask"] = (self._position, sample.mask.nbytes)
+            self._write(regions[1], sample.mask)
+        else:
+            row["label"] = label
+        self._num_samples += 1
+
+    def _find_room(self, num_bytes: int) -> None:
+        # A multiple of a larger power of two is one of the smaller: what is written stays valid.
+        while num_bytes > self._page_size:
+            self._page_size *= 2
+        if self._position % self._page_size + num_bytes > self._page_size:
+            self._position = _align(self._position, self._page_size)
+            self._file.seek(self._position)
+
+    def _write(self, region: np.void, content: np.ndarray) -> None:
+        region["ptr"], region["size"] = self._position, content.nbytes
+        self._file.write(content.data)
+        self._position += content.nbytes
+
+    def finish(self) -> dict[str, list[int]]:
+        """Writes what surrounds the data, the header last: without it this is no ``.beton``.
+
+        Returns:
+            "height" and "width", each [smallest, largest].
+        """
+        rows = self._rows[: self._num_samples]
+        table_start = _align(self._position, self._page_size)
+        self._file.seek(table_start)
+        self._file.write(self._table[: self._num_samples].tobytes())
+        fields = np.zeros(2, FIELD)
+        kinds = MASKED_FIELDS if self._has_masks else LABELLED_FIELDS
+        fields["type_id"], fields["name"] = zip(*kinds, strict=True)
+        self._file.seek(HEADER.itemsize)
+        self._file.write(fields.tobytes() + rows.tobytes())
+        self._sync()
+        header = np.zeros((), HEADER)
+        header[()] = (VERSION, 2, self._page_size, self._num_samples, table_start)
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._sync()
+        sides = {side: rows["image"][side] for side in ("height", "width")}
+        return {side: [int(values.min()), int(values.max())] for side, values in sides.items()}
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _align(position: int, page_size: int) -> int:
+    return -(-position // page_size) * page_size

@@ -1,31 +1,38 @@
 """Converts image collections to ``.beton`` files.
 
-    python -m data_ffcv.convert fashion-mnist /usr/share/datasets/fashion-mnist train.beton
-    python -m data_ffcv.convert imagefolder photos train.beton --write_mode jpg --min_side 256
+    python -m data_ffcv.convert cifar10 data/cifar10 cifar10.beton --download
+    python -m data_ffcv.convert imagefolder photos train.beton --shortest_side 256 --split 0.8
+    python -m data_ffcv.convert segmentation scenes scenes.beton --longest_side 512
 
-Beside OUT.beton stands OUT.beton.json with the class names, the counts and a checksum.
+Beside OUT.beton stands OUT.beton.json with the class names, the counts and checksums, and
+OUT.beton.report.txt if images were skipped or had to be changed.
 """
 
 import argparse
-import hashlib
+import dataclasses
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_ffcv import _sources
+from data_ffcv._choice import choose_samples
+from data_ffcv._encoding import WRITE_MODES, Encoding, WriteMode, require
+from data_ffcv._format import compute_checksums, read_layout
+from data_ffcv._staging import Staging, report_path
+from data_ffcv._writer import Written, write_beton
 from data_ffcv.beton import BetonInfo, inspect_beton, side_path
 from data_ffcv.errors import DataError
+from data_ffcv.sources import FORMATS, open_source
 
-FORMATS = ("imagefolder", "cifar10", "cifar100", "fashion-mnist")
-WRITE_MODES = ("raw", "jpg", "proportion", "smart")
-_SMART_BYTES = 128 * 128 * 3  # write mode "smart": larger images are stored as JPEG
+_SECONDS_PER_UPDATE = 0.1
 
 
 def convert(
@@ -33,131 +40,178 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    split: Literal["train", "test"] = "train",
-    min_side: int | None = None,
-    write_mode: Literal["raw", "jpg", "proportion", "smart"] = "raw",
+    part: str = "train",
+    labels: str | Path | None = None,
+    classes: str | Path | None = None,
+    ignore_index: int | None = None,
+    download: bool = False,
+    shortest_side: int | None = None,
+    longest_side: int | None = None,
+    write_mode: WriteMode = "raw",
+    compress_probability: float = 0.5,
     jpeg_quality: int = 90,
     num_workers: int = 1,
     seed: int = 0,
+    subset: int | float | None = None,
+    split: float | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BetonInfo:
-    """Writes one ``.beton`` file with fields image (RGB) and label, samples shuffled.
+    """Writes a ``.beton`` file, samples shuffled: images with labels, or images with masks.
 
-    The file appears under its name only when it is complete and checked.
+    The file appears under its name only when it is complete and checked. Its bytes depend on the
+    source, the settings and the seed, not on `num_workers`.
 
     Args:
         format: One of `FORMATS`.
-        source: A folder of class folders, or the folder of the extracted archive.
-        out: The file to write.
-        split: Which part of an archive; an ImageFolder is taken whole.
-        min_side: Shrink images whose shorter side is longer than this, to this.
-        write_mode: ``raw`` pixels, ``jpg``, half of each (``proportion``), or JPEG for images
+        source: The folder or archive.
+        out: The file to write; its name ends in ``.beton``.
+        part: Official part of an archive: train, test, val, ...
+        labels: Labels of a flat folder, as `data_ffcv.sources.open_source` explains; likewise
+            `classes`, `ignore_index` and `download`.
+        shortest_side: Shrink images whose shorter side is longer than this, to this.
+        longest_side: Shrink images whose longer side is longer than this, to this.
+        write_mode: ``raw`` pixels, ``jpg``, a share of JPEG (``proportion``), or JPEG for images
             above 128x128 (``smart``).
+        compress_probability: The share in write mode ``proportion``.
         jpeg_quality: Quality of what is stored as JPEG, 1 to 100.
-        num_workers: Writing processes.
-        seed: Decides the order of the samples.
-        overwrite: Replace an existing file.
-        on_progress: Called with (samples written, samples in all).
+        num_workers: Threads that read and encode.
+        seed: Decides subset, split, order and which images ``proportion`` compresses.
+        subset: Take only so many images (int) or this share of them (float), of each class alike.
+        split: Share of the images, of each class alike, that goes to `out`; the others go to
+            `held_out_path(out)`.
+        on_error: ``skip`` leaves images out that cannot be read, and lists them in a report.
+        overwrite: Replace existing files.
+        on_progress: Called now and then with (samples done, samples in all).
+
+    Returns:
+        What `out` holds.
 
     Raises:
-        DataError: the output exists, a setting is wrong, or an image cannot be read (named).
+        DataError: the output exists or cannot be written, a setting is wrong, or an image cannot
+            be read (named).
     """
-    out = Path(out)
-    _check_settings(out, write_mode, jpeg_quality, min_side, num_workers, overwrite)
-    samples = _open_source(format, Path(source), split)
-    total = len(samples.labels)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-
-    from data_ffcv._writer import write_beton
-
-    try:
-        write_beton(
-            samples,
-            temporary,
-            image_field={
-                "write_mode": write_mode,
-                "jpeg_quality": jpeg_quality,
-                "smart_threshold": _SMART_BYTES,
-            },
-            min_side=min_side,
-            num_workers=min(num_workers, total),
-            seed=seed,
-            on_progress=lambda done: on_progress(done, total),
-        )
-        info = inspect_beton(temporary)
-        checksum = _sync_and_hash(temporary)
-        # The old side file would contradict the new data between the two renames.
-        side_path(out).unlink(missing_ok=True)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _write_side_file(
-        out,
-        {
-            "format": format,
-            "source": str(source),
-            "split": split if format != "imagefolder" else None,
-            "classes": list(samples.classes),
-            "num_samples": total,
-            "image_size": {
-                "height": [info.min_height, info.max_height],
-                "width": [info.min_width, info.max_width],
-            },
-            "write_mode": write_mode,
-            "seed": seed,
-            "sha256": checksum,
-        },
+    encoding = Encoding(
+        write_mode, jpeg_quality, compress_probability, shortest_side, longest_side, seed
     )
-    return inspect_beton(out)
+    _check_settings(num_workers, subset, split, on_error)
+    outs = [Path(out)] if split is None else [Path(out), held_out_path(out)]
+    _check_outs(outs, overwrite)
+    with ExitStack() as stack:
+        stagings = [stack.enter_context(_stage(path)) for path in outs]
+        samples = open_source(
+            format,
+            source,
+            part=part,
+            labels=labels,
+            classes=classes,
+            ignore_index=ignore_index,
+            download=download,
+        )
+        parts = choose_samples(samples.labels, len(samples), subset, split, seed)
+        on_sample = _count(sum(map(len, parts)), on_progress)
+        for number, (staging, indices) in enumerate(zip(stagings, parts, strict=True)):
+            with _explain(staging.out):
+                written = write_beton(
+                    staging.file,
+                    samples,
+                    indices,
+                    encoding,
+                    num_workers=num_workers,
+                    skip_errors=on_error == "skip",
+                    on_sample=on_sample,
+                )
+                about = {"format": format, "source": str(source), "part": part}
+                about |= {"classes": list(samples.classes), "subset": subset, "split": split}
+                about |= {"held_out": number == 1}
+                _describe(staging, about, encoding, written)
+        infos = [inspect_beton(staging.path) for staging in stagings]
+        for staging in reversed(stagings):
+            with _explain(staging.out):
+                staging.publish()
+    return dataclasses.replace(infos[0], path=outs[0])
+
+
+def held_out_path(out: str | Path) -> Path:
+    """Where the rest of a `split` goes: OUT.held_out.beton."""
+    return Path(out).with_suffix(".held_out.beton")
 
 
 def _check_settings(
-    out: Path,
-    write_mode: str,
-    jpeg_quality: int,
-    min_side: int | None,
-    num_workers: int,
-    overwrite: bool,
+    num_workers: int, subset: int | float | None, split: float | None, on_error: str
 ) -> None:
-    if write_mode not in WRITE_MODES:
-        raise DataError(f"write_mode must be one of {WRITE_MODES}, got {write_mode!r}")
-    if not 1 <= jpeg_quality <= 100:
-        raise DataError(f"jpeg_quality must be in [1, 100], got {jpeg_quality}")
-    if num_workers < 1 or (min_side is not None and min_side < 1):
-        raise DataError(f"num_workers ({num_workers}) and min_side ({min_side}) must be positive")
-    if out.exists() and not overwrite:
-        raise DataError(f"{out} exists; pass --overwrite or another name")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise DataError(f"{out.parent} is not a folder one can write to; create it")
+    require(num_workers >= 1, f"num_workers must be positive, got {num_workers}")
+    require(
+        subset is None or (0 < subset <= 1 if isinstance(subset, float) else subset >= 1),
+        f"subset must be a number of images or a share in (0, 1], got {subset}",
+    )
+    require(split is None or 0 < split < 1, f"split must be between 0 and 1, got {split}")
+    require(on_error in ("stop", "skip"), f"on_error must be stop or skip, got {on_error!r}")
 
 
-def _open_source(format: str, source: Path, split: str) -> _sources.Source:
-    if split not in ("train", "test"):
-        raise DataError(f"split must be train or test, got {split!r}")
-    if format == "imagefolder":
-        return _sources.open_image_folder(source)
-    if format == "fashion-mnist":
-        return _sources.open_fashion_mnist(source, split)
-    if format in ("cifar10", "cifar100"):
-        return _sources.open_cifar(source, split, num_classes=int(format.removeprefix("cifar")))
-    raise DataError(f"format must be one of {FORMATS}, got {format!r}")
+def _check_outs(outs: list[Path], overwrite: bool) -> None:
+    for out in outs:
+        require(out.suffix == ".beton", f"{out} must end in .beton; give it such a name")
+        require(overwrite or not out.exists(), f"{out} exists; pass --overwrite or another name")
+        require(out.parent.is_dir(), f"{out.parent} is not a folder; create it")
 
 
-def _sync_and_hash(path: Path) -> str:
-    """Forces the file to disk and returns its SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _stage(out: Path) -> Staging:
+    with _explain(out):
+        return Staging(out)
 
 
-def _write_side_file(out: Path, content: dict) -> None:
-    temporary = side_path(out).with_name(f".{out.name}.{os.getpid()}.json.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, side_path(out))
+@contextmanager
+def _explain(out: Path) -> Iterator[None]:
+    """Turns what the file system says while `out` is written into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written ({error.strerror or error}); free room on that disk, allow "
+            "writing, or give another folder"
+        ) from error
+
+
+def _count(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
+    """Returns what is to be called after each sample; reports now and then, and at the end."""
+    done, last = 0, -_SECONDS_PER_UPDATE
+
+    def on_sample() -> None:
+        nonlocal done, last
+        done += 1
+        now = time.perf_counter()
+        if done == total or now - last >= _SECONDS_PER_UPDATE:
+            last = now
+            on_progress(done, total)
+
+    return on_sample
+
+
+def _describe(
+    staging: Staging, about: dict[str, Any], encoding: Encoding, written: Written
+) -> None:
+    """Writes what stands beside the file."""
+    layout = read_layout(staging.path)
+    sha256, checksums = compute_checksums(staging.file, layout)
+    staging.write_side_file(
+        {
+            **about,
+            "num_samples": written.num_samples,
+            "image_size": written.image_size,
+            **dataclasses.asdict(encoding),
+            "num_skipped": len(written.skipped),
+            "notes": dict(sorted(written.notes.items())),
+            "page_size": layout.page_size,
+            "sha256": sha256,
+            "checksums": checksums,
+        }
+    )
+    staging.write_report(
+        [f"skipped\t{name}\t{reason}" for name, reason in written.skipped]
+        + [f"changed\t{name}\t{notes}" for name, notes in written.changed]
+    )
 
 
 def _parse_args() -> argparse.Namespace:
@@ -166,41 +220,80 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("out", metavar="OUT.beton")
-    parser.add_argument("--split", choices=("train", "test"), default="train")
-    parser.add_argument("--min_side", type=int, help="shrink longer shorter sides to this")
+    parser.add_argument("--part", default="train", help="of an archive: train, test, val, ...")
+    parser.add_argument("--labels", help="file with a label for each image of a flat folder")
+    parser.add_argument("--classes", help="file with the class names")
+    parser.add_argument("--ignore_index", type=int, help="mask value that means no class")
+    parser.add_argument("--download", action="store_true", help="fetch what is missing")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--shortest_side", type=int, help="shrink longer shorter sides to this")
+    size.add_argument("--longest_side", type=int, help="shrink longer sides to this")
     parser.add_argument("--write_mode", choices=WRITE_MODES, default="raw")
+    parser.add_argument("--compress_probability", type=float, default=0.5)
     parser.add_argument("--jpeg_quality", type=int, default=90)
     parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--subset", type=_number, help="images, or a share such as 0.1")
+    parser.add_argument(
+        "--split", type=float, help="share of OUT; OUT.held_out.beton gets the rest"
+    )
+    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop")
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
+
+
+def _number(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
 
 
 def main() -> int:
     """Runs the command; returns its exit code."""
     args = _parse_args()
     console = Console(stderr=True)
-    columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     start = time.perf_counter()
     try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("converting", total=None)
-            info = convert(
-                **vars(args),
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-            progress.update(task, completed=info.num_samples, total=info.num_samples)
+        with _progress_bar(console) as on_progress:
+            convert(**vars(args), on_progress=on_progress)
     except DataError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    seconds = time.perf_counter() - start
-    console.print(
-        f"{info.path}: {info.num_samples} images, {info.num_classes} classes, "
-        f"{info.num_samples / seconds:.0f} images/s",
-        highlight=False,
-    )
+    except KeyboardInterrupt:
+        sys.stderr.write("error: stopped; no file was written\n")
+        return 130
+    outs = [Path(args.out)] if args.split is None else [Path(args.out), held_out_path(args.out)]
+    _print_summary(console, outs, time.perf_counter() - start)
     return 0
 
 
+@contextmanager
+def _progress_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    columns = [TextColumn("converting"), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[rate]}"), TextColumn("ETA"), TimeRemainingColumn()]
+    start = time.perf_counter()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("converting", total=None, rate="")
+
+        def on_progress(done: int, total: int) -> None:
+            rate = f"{done / (time.perf_counter() - start):.0f} images/s"
+            progress.update(task, completed=done, total=total, rate=rate)
+
+        yield on_progress
+
+
+def _print_summary(console: Console, outs: list[Path], seconds: float) -> None:
+    sides = [json.loads(side_path(out).read_text(encoding="utf-8")) for out in outs]
+    rate = sum(side["num_samples"] for side in sides) / seconds
+    for out, side in zip(outs, sides, strict=True):
+        text = (
+            f"{out}: {side['num_samples']} images, {len(side['classes'])} classes, "
+            f"{rate:.0f} images/s, {out.stat().st_size} bytes"
+        )
+        if report_path(out).exists():
+            text += f", {side['num_skipped']} skipped, see {report_path(out)}"
+        console.print(text, highlight=False, soft_wrap=True)
+
+
 if __name__ == "__main__":
+    # Ends like an interrupt: whatever is unfinished is removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -1,12 +1,10 @@
-"""Endless training streams and finite evaluation loaders over ``.beton`` files.
+"""Endless training streams and finite evaluation loaders over ``.beton`` files and image folders.
 
 A stream's batches are a pure function of (file, indices, seed, name, batch number): neither the
-number of workers, nor the number of ranks, nor a resume changes a pixel or the order.
+backend, nor the number of workers, nor the number of ranks, nor a resume changes a pixel or the
+order.
 """
 
-import hashlib
-import logging
-import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,44 +14,41 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from data_ffcv._pipeline import Backend, Batch, Pipeline, hash_seed
 from data_ffcv.augment import Augmentation
-from data_ffcv.beton import BetonInfo, inspect_beton
 from data_ffcv.errors import DataError
+from data_ffcv.folder import ImagesInfo
 from data_ffcv.splits import check_rank, shard_indices
 
 if TYPE_CHECKING:
-    from data_ffcv._decoder import BatchIterator, BatchPlan
-
-logger = logging.getLogger(__name__)
-
-Batch = tuple[torch.Tensor, torch.Tensor]
+    from data_ffcv._batches import BatchPlan
 
 
 class Stream:
-    """Endless iterator of (images, labels); made by `open_stream`.
+    """Endless iterator of batches; made by `open_stream`.
 
-    Also a context manager. Images are float32 [batch_size, 3, height, width] and labels
-    int64 [batch_size], both owned by the caller and on the stream's device.
+    Also a context manager. A batch is (images, labels), with one tensor of images for each view,
+    or (images, masks). Images are float32 [batch_size, 3, height, width], labels int64
+    [batch_size], masks int64 [batch_size, height, width]. All are on the stream's device and owned
+    by the caller, who may keep them.
 
     Attributes:
+        backend: ``ffcv`` or ``threads``.
         num_batches_per_epoch: Full global batches in one pass over the samples.
         batches_drawn: Number of the next batch, counted from the stream's very beginning;
             as ``start_batch`` of a new stream it continues exactly here.
     """
 
     def __init__(
-        self,
-        batches: "BatchIterator",
-        to_tensors: "_ToTensors",
-        num_batches_per_epoch: int,
-        start_batch: int,
+        self, pipeline: Pipeline, plan: Iterator["BatchPlan"], num_batches: int, start_batch: int
     ) -> None:
-        self.num_batches_per_epoch = num_batches_per_epoch
+        self.backend = pipeline.backend
+        self.num_batches_per_epoch = num_batches
         self.batches_drawn = start_batch
-        self._batches = batches
-        self._to_tensors = to_tensors
+        self._pipeline = pipeline
+        self._batches = pipeline.start(plan)
         # Runs once: on close(), when the stream is collected, or at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, batches.stop)
+        self._finalizer = weakref.finalize(self, self._batches.stop)
 
     def __iter__(self) -> "Stream":
         return self
@@ -62,8 +57,8 @@ class Stream:
         """Returns the next batch, or raises what the loading thread met."""
         if not self._finalizer.alive:
             raise DataError("this stream is closed; open a new one")
-        self._to_tensors.wait()
-        batch = self._to_tensors(*next(self._batches))
+        self._pipeline.wait()
+        batch = self._pipeline.finish(next(self._batches), self.batches_drawn)
         self.batches_drawn += 1
         return batch
 
@@ -89,37 +84,22 @@ class EvalLoader:
     Each iteration starts its own threads and joins them, also when it is left early.
     """
 
-    def __init__(
-        self,
-        info: BetonInfo,
-        augmentation: Augmentation,
-        indices: np.ndarray,
-        batch_size: int,
-        num_workers: int,
-        to_tensors: "_ToTensors",
-    ) -> None:
-        self.info = info
+    def __init__(self, pipeline: Pipeline, indices: np.ndarray) -> None:
+        self.info = pipeline.info
         self.indices = indices
-        self._augmentation = augmentation
-        self._batch_size = batch_size
-        self._num_workers = num_workers
-        self._to_tensors = to_tensors
+        self._pipeline = pipeline
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self._batch_size)
+        return -(-len(self.indices) // self._pipeline.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        from data_ffcv._decoder import start_batches
-
-        starts = range(0, len(self.indices), self._batch_size)
-        plan = ((0, self.indices[start : start + self._batch_size]) for start in starts)
-        batches = start_batches(
-            self.info, self._augmentation, plan, self._batch_size, 0, self._num_workers
-        )
+        size = self._pipeline.batch_size
+        starts = range(0, len(self.indices), size)
+        batches = self._pipeline.start((0, self.indices[start : start + size]) for start in starts)
         try:
-            for images, labels in batches:
-                yield self._to_tensors(images, labels)
-                self._to_tensors.wait()
+            for number, batch in enumerate(batches):
+                yield self._pipeline.finish(batch, number)
+                self._pipeline.wait()
         finally:
             batches.stop()
 
@@ -127,7 +107,7 @@ class EvalLoader:
 def open_stream(
     path: str | Path,
     *,
-    augmentation: Augmentation,
+    augmentation: Augmentation | Sequence[Augmentation],
     batch_size: int,
     seed: int,
     mean: Sequence[float],
@@ -138,6 +118,7 @@ def open_stream(
     world_size: int = 1,
     start_batch: int = 0,
     num_workers: int = 1,
+    backend: Backend = "auto",
     device: str | torch.device = "cpu",
 ) -> Stream:
     """Opens an endless stream of augmented training batches.
@@ -146,46 +127,43 @@ def open_stream(
     ``batch_size * world_size``; what is left over is dropped. Rank r takes the r-th part of each.
 
     Args:
-        path: The ``.beton`` file.
-        augmentation: What is done to each image.
+        path: A ``.beton`` file, or a folder of class folders.
+        augmentation: What is done to each image; several make as many views of each, in which
+            crops, flips and colours are drawn independently.
         batch_size: Images per batch and rank.
         seed: The run's seed; streams of one run differ by `name`.
         mean: Channel means that are subtracted, for pixels in [0, 1].
         std: Channel deviations that are divided by.
         indices: Samples to draw from; None for all.
-        name: The stream's name; its hash with `seed` decides order, crops and flips.
+        name: The stream's name; its hash with `seed` decides order, crops, flips and colours.
         rank: This process.
         world_size: Number of processes; all must pass the same other arguments.
         start_batch: Batches to skip. Skipping is free: nothing is decoded.
         num_workers: Decoding threads, at most the cores this process may use.
+        backend: ``ffcv`` reads a ``.beton`` through FFCV's loader; ``threads`` reads it, or a
+            folder, with threads of its own, and gives the same batches. ``auto`` takes FFCV
+            where it is installed and `path` is a file.
         device: Where the tensors go; to CUDA by an asynchronous copy from pinned memory.
 
     Raises:
         DataError: the file is damaged, a setting is wrong or there are too few samples.
     """
-    info = inspect_beton(path)
-    augmentation.check_fits(info)
+    stream_seed = hash_seed(seed, name)
+    pipeline = Pipeline(
+        path, augmentation, batch_size, stream_seed, rank, mean, std, num_workers, backend, device
+    )
     check_rank(rank, world_size)
-    _check_batch_size(batch_size)
     if start_batch < 0:
         raise DataError(f"start_batch must not be negative, got {start_batch}")
-    samples = _check_indices(info, indices)
+    samples = _check_indices(pipeline.info, indices)
     num_batches = len(samples) // (batch_size * world_size)
     if num_batches == 0:
         raise DataError(
-            f"{info.path}: {len(samples)} samples do not fill one global batch of "
+            f"{path}: {len(samples)} samples do not fill one global batch of "
             f"{batch_size * world_size}; lower batch_size"
         )
-    to_tensors = _ToTensors(mean, std, device)
-    stream_seed = _hash_seed(seed, name)
     plan = _plan_epochs(samples, stream_seed, batch_size, rank, world_size, start_batch)
-
-    from data_ffcv._decoder import start_batches
-
-    batches = start_batches(
-        info, augmentation, plan, batch_size, stream_seed, _usable_workers(num_workers)
-    )
-    return Stream(batches, to_tensors, num_batches, start_batch)
+    return Stream(pipeline, plan, num_batches, start_batch)
 
 
 def open_eval_loader(
@@ -199,6 +177,7 @@ def open_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 1,
+    backend: Backend = "auto",
     device: str | torch.device = "cpu",
 ) -> EvalLoader:
     """Opens a loader of this rank's samples in order, each exactly once over all ranks.
@@ -208,47 +187,11 @@ def open_eval_loader(
     Raises:
         DataError: the file is damaged or a setting is wrong.
     """
-    info = inspect_beton(path)
-    augmentation.check_fits(info)
-    _check_batch_size(batch_size)
-    samples = shard_indices(_check_indices(info, indices), rank, world_size)
-    to_tensors = _ToTensors(mean, std, device)
-    workers = _usable_workers(num_workers)
-    return EvalLoader(info, augmentation, samples, batch_size, workers, to_tensors)
-
-
-class _ToTensors:
-    """Copies a batch out of the loader's ring buffers and normalises it on the device."""
-
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], device: str | torch.device
-    ) -> None:
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise DataError(f"mean and std need three channels, std > 0; got {mean} and {std}")
-        self._device = torch.device(device)
-        self._mean = self._per_channel(mean)
-        self._std = self._per_channel(std)
-        self._copied: torch.cuda.Event | None = None
-
-    def __call__(self, images: np.ndarray, labels: np.ndarray) -> Batch:
-        pixels = self._to_device(images).permute(0, 3, 1, 2)
-        target = self._to_device(labels).clone()
-        if self._device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        normalised = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return normalised.sub_(self._mean).div_(self._std), target
-
-    def wait(self) -> None:
-        """Waits for the last copy, so that the loader may overwrite its buffers."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=self._device.type == "cuda")
-
-    def _per_channel(self, values: Sequence[float]) -> torch.Tensor:
-        return 255 * torch.tensor(values, dtype=torch.float32, device=self._device).view(3, 1, 1)
+    pipeline = Pipeline(
+        path, augmentation, batch_size, 0, rank, mean, std, num_workers, backend, device
+    )
+    samples = shard_indices(_check_indices(pipeline.info, indices), rank, world_size)
+    return EvalLoader(pipeline, samples)
 
 
 def _plan_epochs(
@@ -266,7 +209,7 @@ def _plan_epochs(
         epoch, first_batch = epoch + 1, 0
 
 
-def _check_indices(info: BetonInfo, indices: np.ndarray | None) -> np.ndarray:
+def _check_indices(info: ImagesInfo, indices: np.ndarray | None) -> np.ndarray:
     if indices is None:
         return np.arange(info.num_samples)
     samples = np.asarray(indices, dtype=np.int64)
@@ -275,22 +218,3 @@ def _check_indices(info: BetonInfo, indices: np.ndarray | None) -> np.ndarray:
     ):
         raise DataError(f"indices of {info.path} must be a list within [0, {info.num_samples})")
     return samples
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise DataError(f"batch_size must be positive, got {batch_size}")
-
-
-def _usable_workers(num_workers: int) -> int:
-    if num_workers < 1:
-        raise DataError(f"num_workers must be positive, got {num_workers}")
-    num_cores = len(os.sched_getaffinity(0))
-    if num_workers > num_cores:
-        logger.info("num_workers lowered from %d to the %d usable cores", num_workers, num_cores)
-    return min(num_workers, num_cores)
-
-
-def _hash_seed(seed: int, name: str) -> int:
-    """Returns 64 bits, so that neighbouring seeds and streams share no epoch's order."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")

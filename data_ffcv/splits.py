@@ -46,3 +46,12 @@ def check_rank(rank: int, world_size: int) -> None:
     """Raises DataError unless 0 <= rank < world_size."""
     if not 0 <= rank < world_size:
         raise DataError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
+
+
+def conversion_order(num_samples: int, seed: int = 0) -> np.ndarray:
+    """Returns the order in which the converter writes samples, int64 [num_samples].
+
+    Shuffled, because readers that go through a file page by page would otherwise meet one class
+    at a time.
+    """
+    return np.random.default_rng(seed).permutation(num_samples)

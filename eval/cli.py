@@ -21,9 +21,14 @@ from mlomae.errors import UserError
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the images."""
     parser.add_argument(
-        "--train", required=True, metavar="T.beton", help="labelled images to learn from"
+        "--train",
+        required=True,
+        metavar="T.beton",
+        help="labelled images to learn from: a .beton file or a folder of class folders",
     )
-    parser.add_argument("--test", required=True, metavar="V.beton", help="images to count on")
+    parser.add_argument(
+        "--test", required=True, metavar="V.beton", help="images to count on; likewise"
+    )
     parser.add_argument(
         "--num_train_images",
         type=positive_int,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from data_ffcv import (
     Augmentation,
-    BetonInfo,
     EvalLoader,
-    inspect_beton,
+    ImagesInfo,
+    inspect_images,
     open_eval_loader,
     split_by_class,
 )
@@ -55,8 +55,8 @@ class ImageSets:
         """Checks both files.
 
         Args:
-            train: A ``.beton`` file.
-            test: A ``.beton`` file.
+            train: A ``.beton`` file or a folder of class folders.
+            test: Likewise.
             num_train_images: Use only about so many training images, every class in proportion;
                 None or more than there are for all.
 
@@ -64,7 +64,7 @@ class ImageSets:
             DataError: A file is missing or damaged.
             UserError: The files differ in their classes.
         """
-        self.train, self.test = inspect_beton(train), inspect_beton(test)
+        self.train, self.test = inspect_images(train), inspect_images(test)
         _check_same_classes(self.train, self.test)
         self.train_indices = None
         if num_train_images is not None and num_train_images < self.train.num_samples:
@@ -75,7 +75,7 @@ class ImageSets:
         """Features of both files from un-augmented images, normalised as the encoder wants."""
         model = encoder.model.to(device).eval()
 
-        def loader(info: BetonInfo) -> EvalLoader:
+        def loader(info: ImagesInfo) -> EvalLoader:
             return open_eval_loader(
                 info.path,
                 augmentation=eval_augmentation(info, model.image_size),
@@ -109,7 +109,7 @@ def extract_features(
         return LabelledFeatures(torch.cat(features), torch.cat(labels))
 
 
-def eval_augmentation(info: BetonInfo, image_size: int | tuple[int, int]) -> Augmentation:
+def eval_augmentation(info: ImagesInfo, image_size: int | tuple[int, int]) -> Augmentation:
     """The usual crop of evaluation: 224 out of 256 pixels, in the ratio of the image size.
 
     Files whose images all have the wanted size, such as Fashion-MNIST or CIFAR, are taken whole.
@@ -122,7 +122,10 @@ def eval_augmentation(info: BetonInfo, image_size: int | tuple[int, int]) -> Aug
     return replace(whole, resize=height if height == width else (height, width))
 
 
-def _check_same_classes(train: BetonInfo, test: BetonInfo) -> None:
+def _check_same_classes(train: ImagesInfo, test: ImagesInfo) -> None:
+    for info in (train, test):
+        if info.labels is None:
+            raise UserError(f"{info.path} holds masks: give a file with class labels")
     if train.num_classes != test.num_classes:
         raise UserError(
             f"{train.path} has {train.num_classes} classes, but {test.path} has "

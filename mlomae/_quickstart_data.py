@@ -29,7 +29,7 @@ class Source:
     format: str
     train: Path
     test: Path
-    min_side: int | None = None
+    shortest_side: int | None = None
 
 
 def num_cores() -> int:
@@ -101,8 +101,8 @@ def _convert_split(source: Source, split: str, folder: Path, console: Console) -
             source.format,
             getattr(source, split),
             out,
-            split=split,
-            min_side=source.min_side,
+            part=split,
+            shortest_side=source.shortest_side,
             num_workers=num_cores(),
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

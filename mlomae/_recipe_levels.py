@@ -12,6 +12,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from mlomae._recipe_data import AugmentationRecipe
 from mlomae._recipe_section import Refusal, Section
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -48,6 +49,8 @@ class LevelRecipe(Section):
     """Learning rate at the end of the schedule."""
     gradient_clipping: NonNegativeFloat = 0.0
     """Largest global norm of the gradient; 0 is off."""
+    augmentation: AugmentationRecipe | None = None
+    """Augmentation of this level's images; null takes data.augmentation."""
 
     @model_validator(mode="before")
     @classmethod

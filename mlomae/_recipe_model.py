@@ -1,4 +1,4 @@
-"""The sections on what is trained: model, masking, data."""
+"""The sections on what is trained: model and masking."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -7,14 +7,13 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 from typing_extensions import Self
 
-from mlomae._recipe_section import FilePath, Refusal, Section, nearest
+from mlomae._recipe_section import Refusal, Section, nearest
 from mlomae.models.attention import BACKENDS
 from mlomae.models.mae import num_kept
 from mlomae.models.masking import LightMaskingNetwork
@@ -22,8 +21,6 @@ from mlomae.models.registry import PRESETS
 
 PRESET_SIZES = ("embed_dim", "depth", "num_heads")
 
-_Triple = Annotated[tuple[float, float, float], Field(strict=False)]
-_PositiveTriple = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
 _Sides = Annotated[
     tuple[PositiveInt, PositiveInt],
     BeforeValidator(lambda v: (v, v) if type(v) is int else v),
@@ -193,43 +190,3 @@ class MaskingRecipe(Section):
                     "model.patch_size so that at least one patch is kept and one is hidden"
                 )
                 raise Refusal(key, problem)
-
-
-class AugmentationRecipe(Section):
-    """Augmentation of the training images, the same in every level."""
-
-    kind: Literal["random_resized_crop", "pad_crop", "center_crop"] = "random_resized_crop"
-    """How image_size pixels are cut from an image."""
-    scale: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = (0.2, 1.0)
-    """Smallest and largest share of the area kept; random_resized_crop only."""
-    padding: NonNegativeInt = 4
-    """Zero pixels added on each side before the crop; pad_crop only."""
-    flip: bool = True
-    """Mirror left to right with probability one half."""
-    interpolation: Literal["bicubic", "area"] = "bicubic"
-    """Resizing kernel; bicubic is antialiased, area is faster."""
-
-    @model_validator(mode="after")
-    def _check_scale(self) -> Self:
-        low, high = self.scale
-        if not low <= high <= 1:
-            raise Refusal("scale", f"is [{low}, {high}], but must be two rising shares in (0, 1]")
-        return self
-
-
-class DataRecipe(Section):
-    """The training images."""
-
-    train: FilePath
-    """The training images, a .beton file."""
-    num_classes: Annotated[int, Field(ge=2)] | None = None
-    """Number of classes of the labels; mlo_mae requires it."""
-    mask_fraction: _Fraction = 0.2
-    """Share of the images kept for the mask level, drawn by class and seed; mlo_mae only."""
-    mean: _Triple = (0.485, 0.456, 0.406)
-    """Mean of each channel, pixel values in [0, 1]."""
-    std: _PositiveTriple = (0.229, 0.224, 0.225)
-    """Standard deviation of each channel, pixel values in [0, 1]."""
-    augmentation: AugmentationRecipe = AugmentationRecipe()
-    num_workers: PositiveInt = 1
-    """Loader threads per stream and rank."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from data_ffcv import inspect_beton, split_by_class
+from data_ffcv import Augmentation, choose_backend, inspect_images, split_by_class
 from mlomae import checkpoint
 from mlomae._ranks import launched_rank, launched_world_size
 from mlomae.deepspeed_config import check_deepspeed_config, compute_dtype, load_deepspeed_config
@@ -28,6 +28,7 @@ class Plan:
     Attributes:
         indices: samples of each level's stream; None for all.
         num_images: images of the pretrain stream.
+        augmentations: of each level's stream.
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class Plan:
     resume: bool
     indices: dict[str, np.ndarray | None]
     num_images: int
+    augmentations: dict[str, Augmentation]
 
 
 def make_plan(recipe_path: str, config_path: str, resume: bool, overrides: Sequence[str]) -> Plan:
@@ -48,7 +50,12 @@ def make_plan(recipe_path: str, config_path: str, resume: bool, overrides: Seque
     recipe = load_recipe(recipe_path, overrides)
     config = load_deepspeed_config(config_path)
     check_deepspeed_config(config, recipe, launched_world_size(), recipe_path, config_path)
-    info = inspect_beton(recipe.data.train)
+    choose_backend(recipe.data.backend, recipe.data.train)
+    info = inspect_images(recipe.data.train)
+    if info.labels is None:
+        raise UserError(
+            f"data.train {recipe.data.train} holds masks: give a file with class labels"
+        )
     indices: dict[str, np.ndarray | None] = {"pretrain": None}
     num_images = info.num_samples
     if recipe.method == "mlo_mae":
@@ -68,9 +75,17 @@ def make_plan(recipe_path: str, config_path: str, resume: bool, overrides: Seque
                 f"{name}.batch_size is {level.batch_size}, but its stream has {count} images: "
                 "lower it, or give more images"
             )
+    augmentations = {
+        name: (level.augmentation or recipe.data.augmentation).build(recipe.model.image_size)
+        for name, level in recipe.levels.items()
+    }
+    for augmentation in augmentations.values():
+        augmentation.check_fits(info)
     _check_model(recipe, config, resume)
     _check_output_dir(recipe, resume)
-    return Plan(recipe, config, recipe_path, config_path, resume, indices, num_images)
+    return Plan(
+        recipe, config, recipe_path, config_path, resume, indices, num_images, augmentations
+    )
 
 
 def is_continued(recipe: Recipe, resume: bool) -> bool:

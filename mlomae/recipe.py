@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from pydantic import NonNegativeInt, PositiveFloat, ValidationError, model_validator
 from typing_extensions import Self
 
+from mlomae._recipe_data import AugmentationRecipe, DataRecipe
 from mlomae._recipe_levels import (
     CheckpointRecipe,
     ClassifierRecipe,
@@ -29,8 +30,6 @@ from mlomae._recipe_levels import (
 from mlomae._recipe_model import (
     NETWORKS,
     PRESET_SIZES,
-    AugmentationRecipe,
-    DataRecipe,
     MaskingRecipe,
     ModelRecipe,
 )

@@ -166,9 +166,7 @@ def _open_stream(plan: Plan, name: str, cycle: int, device: torch.device) -> Str
     recipe, level = plan.recipe, plan.recipe.levels[name]
     return open_stream(
         recipe.data.train,
-        augmentation=Augmentation(
-            image_size=recipe.model.image_size, **recipe.data.augmentation.model_dump()
-        ),
+        augmentation=plan.augmentations[name],
         indices=plan.indices[name],
         batch_size=level.batch_size // dist.get_world_size(),
         seed=recipe.seed,
@@ -179,6 +177,7 @@ def _open_stream(plan: Plan, name: str, cycle: int, device: torch.device) -> Str
         std=recipe.data.std,
         start_batch=cycle * level.steps_per_cycle,
         num_workers=recipe.data.num_workers,
+        backend=recipe.data.backend,
         device=device,
     )
 
@@ -197,6 +196,7 @@ def _picture_images(plan: Plan, device: torch.device) -> torch.Tensor:
         batch_size=count,
         mean=recipe.data.mean,
         std=recipe.data.std,
+        backend=recipe.data.backend,
         device=device,
     )
     return next(iter(loader))[0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from data_ffcv import BetonInfo
+from data_ffcv.beton import BetonInfo, Samples
 from mlomae import _quickstart_data, _quickstart_training
 from mlomae._quickstart_data import (
     OWN_NUM_STEPS,
@@ -35,7 +35,10 @@ SUMMARY = {"seconds": 80.4, "pretrain_steps": 750, "images_per_second": 2388.1, 
 def beton_info(num_images: int, num_classes: int = 5) -> BetonInfo:
     labels = np.arange(num_images) % num_classes
     names = tuple(map(str, range(num_classes)))
-    return BetonInfo(Path("x.beton"), num_images, num_classes, names, labels, 80, 90, 80, 90)
+    places = Samples(*[np.zeros(num_images, np.int64)] * 5, mask_pointers=None)
+    return BetonInfo(
+        Path("x.beton"), num_images, num_classes, names, labels, places, 80, 90, 80, 90
+    )
 
 
 # --- the images --------------------------------------------------------------------------------

@@ -66,3 +66,28 @@ def colour_beton(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("colour") / "colour.beton"
     convert("imagefolder", image_folder, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def segmentation_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 smooth colour images of four shapes with masks of 4 classes; some pixels are 255."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    (folder / "images").mkdir()
+    (folder / "annotations").mkdir()
+    rng = np.random.default_rng(2)
+    for number in range(12):
+        height, width = [(64, 80), (80, 64), (50, 50), (45, 97)][number % 4]
+        smooth_image(rng, height, width).save(folder / "images" / f"{number:02}.png")
+        coarse = rng.choice(np.array([0, 1, 2, 3, 255], np.uint8), (5, 5))
+        coarse[0, :] = [0, 1, 2, 3, 255]
+        mask = Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST)
+        mask.save(folder / "annotations" / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def segmentation_beton(segmentation_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`segmentation_folder`, raw."""
+    path = tmp_path_factory.mktemp("segmentation") / "scenes.beton"
+    convert("segmentation", segmentation_folder, path)
+    return path

@@ -23,6 +23,15 @@ GOOD: dict[str, Any] = {"kind": "random_resized_crop", "image_size": 32}
         ("padding", -1),
         ("interpolation", "nearest"),
         ("resize", 64),
+        ("max_class_ratio", 0.75),
+        ("auto_augment", "rand-x9"),
+        ("auto_augment", "augmix-m5"),
+        ("color_jitter", (0.4, 0.4, 0.4)),
+        ("color_jitter", (0.4, 0.4, 0.4, 0.6)),
+        ("color_jitter_prob", 1.5),
+        ("grayscale_prob", -0.1),
+        ("gaussian_blur_sigma", (2.0, 0.1)),
+        ("random_erasing_prob", 2.0),
     ],
 )
 def test_bad_setting_is_named(setting: str, value: Any):

@@ -1,7 +1,6 @@
 """Streams are reproducible, shard exactly, resume bit for bit, and leave nothing behind."""
 
 import gc
-import itertools
 import os
 import subprocess
 import sys
@@ -12,42 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from data_ffcv import (
-    Augmentation,
-    DataError,
-    EvalLoader,
-    Stream,
-    inspect_beton,
-    open_eval_loader,
-    open_stream,
-)
+from data_ffcv import Augmentation, DataError, inspect_beton, open_eval_loader
 from data_ffcv.convert import convert
 from tests.data.conftest import NUM_GREY, UNIT
-
-CROP = Augmentation("random_resized_crop", 16, flip=True)
-WHOLE = Augmentation("center_crop", 28)
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-def stream(path: Path, augmentation: Augmentation = CROP, **kwargs) -> Stream:
-    settings = {"augmentation": augmentation, "batch_size": 40, "seed": 5, **UNIT}
-    return open_stream(path, **{**settings, **kwargs})
-
-
-def draw(path: Path, count: int, augmentation: Augmentation = CROP, **kwargs) -> list[Batch]:
-    with stream(path, augmentation, **kwargs) as batches:
-        return list(itertools.islice(batches, count))
-
-
-def sample_numbers(images: torch.Tensor) -> list[int]:
-    """Reads the number that the grey fixture wrote into its first two pixels."""
-    return (images[:, 0, 0, 0].round() * 256 + images[:, 0, 0, 1].round()).int().tolist()
-
-
-def assert_same(first: list[Batch], second: list[Batch]) -> None:
-    assert len(first) == len(second)
-    for (images, labels), (other_images, other_labels) in zip(first, second, strict=True):
-        assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+from tests.data.streams import (
+    WHOLE,
+    Batch,
+    assert_same,
+    draw,
+    eval_loader,
+    sample_numbers,
+    stream,
+)
 
 
 @pytest.fixture(scope="module")
@@ -263,10 +238,6 @@ def test_damaged_file_is_refused_before_ffcv_opens_it(grey_beton: Path, tmp_path
 
 
 # ---- evaluation --------------------------------------------------------------------------
-
-
-def eval_loader(path: Path, **kwargs) -> EvalLoader:
-    return open_eval_loader(path, **{"augmentation": WHOLE, "batch_size": 29, **UNIT, **kwargs})
 
 
 def test_eval_is_in_file_order_and_can_be_repeated(grey_beton: Path):

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from data_ffcv.convert import convert
 from mlomae import train
 from tests.launch.runs import Setup, mounted_tmpfs, tree
 from tests.ranks import run_ranks
@@ -125,6 +128,34 @@ def test_beton_that_cannot_be_read(
         path.write_bytes(content)
     error = refused(f"data.train={path}")
     assert str(path) in error and named in error and "data_ffcv.convert" in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.train=nowhere"], ["nowhere", "does not exist"]),
+        (["data.augmentation.auto_augment=rand-x9"], ["auto_augment", "rand-x9"]),
+        (["data.augmentation.kind=pad_crop", "data.augmentation.padding=0",
+          "model.image_size=16"], ["10 pixels", "raise padding"]),
+        (["data.augmentation.color_jitter=[0.4, 0.4, 0.2, 0.9]"], ["color_jitter"]),
+    ],
+)  # fmt: skip
+def test_bad_data_settings_are_refused(
+    refused: Callable[..., str], overrides: list[str], words: list[str]
+) -> None:
+    error = refused(*overrides)
+    assert all(word in error for word in words)
+
+
+def test_a_file_with_masks_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    for name, mode in (("images", "RGB"), ("annotations", "L")):
+        (tmp_path / "scenes" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = np.zeros((10, 10, 3) if mode == "RGB" else (10, 10), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "scenes" / name / f"{number}.png")
+    path = tmp_path / "scenes.beton"
+    convert("segmentation", tmp_path / "scenes", path)
+    assert "holds masks" in refused(f"data.train={path}")
 
 
 # --- the output folder ---------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """The compiled crop, resize and flip against Pillow and numpy, image by image."""
 
+import importlib
+import sys
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,25 +19,23 @@ from tests.data.conftest import smooth_image
 @pytest.fixture(scope="module")
 def augment() -> Callable[..., np.ndarray]:
     """augment(image [H, W, 3], augmentation, num_draws, seed) -> [num_draws, h, w, 3]."""
-    from data_ffcv._decoder import to_settings
-    from data_ffcv._kernels import RAW, decode_images
+    from data_ffcv._kernels import augment_images, to_settings
 
     def run(
         image: np.ndarray, augmentation: Augmentation, num_draws: int = 1, seed: int = 0
     ) -> np.ndarray:
         out = np.full((num_draws, augmentation.height, augmentation.width, 3), 77, np.uint8)
-        height, width, _ = image.shape
-
-        row = (0, image.size, RAW, height, width)
-        corrupt = decode_images(
-            np.frombuffer(image.tobytes(), np.uint8),
-            np.array([(index, *row) for index in range(num_draws)]),
+        table = np.array([(index, 0, -1, *image.shape[:2]) for index in range(num_draws)])
+        nothing = np.empty(0, np.uint8)
+        augment_images(
+            np.ascontiguousarray(image).reshape(-1),
+            nothing,
+            table,
             0,
             to_settings(augmentation, seed),
-            np.empty(image.size, np.uint8),
             out,
+            nothing.reshape(0, 0, 0),
         )
-        assert corrupt == -1
         return out
 
     return run
@@ -214,3 +215,32 @@ def test_draws_differ_between_seeds(augment):
     first, second = augment(pixels, augmentation, 50), augment(pixels, augmentation, 50, seed=1)
     assert np.array_equal(first, augment(pixels, augmentation, 50))
     assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_disk_cache_notices_a_change_of_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """numba looks at the entry point's own file only; here a function of another one changes."""
+    from data_ffcv._kernels import _compile_cached
+
+    entry, helper = tmp_path / "entry_file.py", tmp_path / "helper_file.py"
+    entry.write_text(
+        "from helper_file import number\n"
+        "def make(sources):\n"
+        "    def run():\n"
+        "        sources\n"
+        "        return number()\n"
+        "    return run\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def call(number: int) -> tuple[int, int]:
+        """Returns the result and the number of compilations, as a fresh process would see them."""
+        for name in ("entry_file", "helper_file"):
+            sys.modules.pop(name, None)
+        helper.write_text(f"import numba\n@numba.njit\ndef number(): return {number}\n")
+        importlib.invalidate_caches()
+        make = importlib.import_module("entry_file").make
+        run = _compile_cached(make, str(entry), str(helper))
+        return run(), sum(run.stats.cache_misses.values())
+
+    assert [call(1), call(1), call(2), call(2), call(1)] == [(1, 1), (1, 0), (2, 1), (2, 0), (1, 0)]

@@ -1,0 +1,166 @@
+"""From sample numbers to tensors on the device: what streams and evaluation loaders share."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from data_ffcv.augment import Augmentation
+from data_ffcv.errors import DataError
+from data_ffcv.folder import inspect_images
+
+if TYPE_CHECKING:
+    from data_ffcv._batches import BatchPlan, PlannedBatches
+    from data_ffcv._images import Images
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "ffcv", "threads")
+Backend = Literal["auto", "ffcv", "threads"]
+# Images of each view, float32 [batch_size, 3, height, width], then labels, int64 [batch_size], or
+# masks, int64 [batch_size, height, width] with 255 for pixels to be ignored.
+Batch = tuple[torch.Tensor, ...]
+
+
+class Pipeline:
+    """Images of a file or folder, what is done to them, and the backend that does it."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        augmentation: Augmentation | Sequence[Augmentation],
+        batch_size: int,
+        seed: int,
+        rank: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_workers: int,
+        backend: Backend,
+        device: str | torch.device,
+    ) -> None:
+        if batch_size < 1:
+            raise DataError(f"batch_size must be positive, got {batch_size}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise DataError(f"mean and std need three channels, std > 0; got {mean} and {std}")
+        self.views = (augmentation,) if isinstance(augmentation, Augmentation) else (*augmentation,)
+        self.backend = choose_backend(backend, Path(path))
+        self.info = inspect_images(path)
+        self.batch_size = batch_size
+        for view in self.views:
+            view.check_fits(self.info)
+        self._num_workers = _usable_workers(num_workers)
+        self._seed, self._rank = seed, rank
+        self._device = torch.device(device)
+        self._mean = torch.tensor(mean, dtype=torch.float32)
+        self._std = torch.tensor(std, dtype=torch.float32)
+        self._copied: torch.cuda.Event | None = None
+        self._images = self._open_images()
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self._device.type == "cpu"
+
+    def _open_images(self) -> "Images":
+        """Maps the file now, so that one that is replaced later makes no difference."""
+        from data_ffcv._images import open_images
+
+        return open_images(self.info)
+
+    def start(self, plan: Iterator["BatchPlan"]) -> "PlannedBatches":
+        """Starts loading the planned batches."""
+        from data_ffcv._batches import ThreadBatches
+        from data_ffcv._decoder import Decoder
+        from data_ffcv._normalise import normalisation_table
+
+        decoder = Decoder(
+            self._images,
+            self.info.labels,
+            self.views,
+            seed=self._seed,
+            fill=tuple((255 * self._mean).round().clamp(0, 255).int().tolist()),
+            num_workers=self._num_workers,
+            table=normalisation_table(self._mean, self._std) if self._on_cpu else None,
+        )
+        if self.backend == "threads":
+            return ThreadBatches(decoder, plan, self.batch_size, pinned=not self._on_cpu)
+        from data_ffcv._ffcv import FfcvBatches
+
+        return FfcvBatches(self.info, decoder, plan, self.batch_size, pinned=not self._on_cpu)
+
+    def finish(self, arrays: list[np.ndarray], number: int) -> Batch:
+        """Returns batch `number` as tensors of the caller's own, on the device."""
+        *views, target = (torch.from_numpy(array) for array in arrays)
+        if not self._on_cpu:
+            views = [self._normalise(self._to_device(view)) for view in views]
+            target = self._to_device(target)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        for position, (view, images) in enumerate(zip(self.views, views, strict=True)):
+            if view.random_erasing_prob > 0:
+                from data_ffcv._colours import erase
+
+                erase(images, view, hash_seed(self._seed, f"{position} {number} {self._rank}"))
+        return (*views, target.long())
+
+    def wait(self) -> None:
+        """Waits for the last copy, so that the loader may overwrite its buffers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        from data_ffcv._normalise import normalise
+
+        mean, std = self._mean.to(self._device), self._std.to(self._device)
+        return normalise(pixels.permute(0, 3, 1, 2), mean, std)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+
+def choose_backend(backend: Backend, path: Path) -> Literal["ffcv", "threads"]:
+    """Returns the backend that reads `path`; says once when FFCV would, but is not installed.
+
+    Raises:
+        DataError: the wanted backend does not exist, is not installed or cannot read `path`.
+    """
+    if backend not in BACKENDS:
+        raise DataError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "threads" or (backend == "auto" and path.is_dir()):
+        return "threads"
+    if path.is_dir():
+        raise DataError(
+            f"{path} is a folder, which backend ffcv cannot read; convert it with "
+            "python -m data_ffcv.convert imagefolder, or use backend auto or threads"
+        )
+    if importlib.util.find_spec("ffcv") is not None:
+        return "ffcv"
+    if backend == "ffcv":
+        raise DataError("FFCV is not installed; pip install ffcv, or use backend auto or threads")
+    _tell_missing_ffcv()
+    return "threads"
+
+
+@cache
+def _tell_missing_ffcv() -> None:
+    logger.warning("FFCV is not installed: .beton files are read by threads, batches are the same")
+
+
+def _usable_workers(num_workers: int) -> int:
+    if num_workers < 1:
+        raise DataError(f"num_workers must be positive, got {num_workers}")
+    num_cores = len(os.sched_getaffinity(0))
+    if num_workers > num_cores:
+        logger.info("num_workers lowered from %d to the %d usable cores", num_workers, num_cores)
+    return min(num_workers, num_cores)
+
+
+def hash_seed(seed: int, name: str) -> int:
+    """Returns 64 bits, so that neighbouring seeds and streams share no epoch's order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")

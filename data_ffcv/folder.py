@@ -1,0 +1,94 @@
+"""A folder of class folders, read as it is instead of being converted."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_ffcv.beton import BetonInfo, inspect_beton
+from data_ffcv.errors import DataError
+from data_ffcv.splits import conversion_order
+
+
+class FolderInfo:
+    """What a folder of class folders holds; the counterpart of `BetonInfo`.
+
+    Samples are numbered as the converter would write them with its default seed, so that a stream
+    over the folder and one over the file that was made from it give the same samples.
+
+    Attributes:
+        path: The folder.
+        num_samples: Number of images.
+        num_classes: Number of classes; labels are in [0, num_classes).
+        classes: Names of the class folders, sorted.
+        labels: Class of each sample, int64 [num_samples].
+    """
+
+    has_masks = False
+
+    def __init__(self, path: Path) -> None:
+        """Lists the folder; raises DataError when it is not one of class folders."""
+        from data_ffcv.sources import open_source
+
+        self.path = path
+        self._source = open_source("imagefolder", path)
+        self._order = conversion_order(len(self._source))
+        self.num_samples = len(self._order)
+        self.classes = self._source.classes
+        self.num_classes = len(self.classes)
+        self.labels = self._source.labels[self._order]
+
+    def read(self, index: int) -> np.ndarray:
+        """Returns one image, uint8 [height, width, 3].
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        number = int(self._order[index])
+        try:
+            return np.asarray(self._source.read(number).image)
+        except Exception as error:
+            raise DataError(
+                f"{self._source.name(number)} cannot be read ({error}); mend or remove it"
+            ) from error
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        """Height and width of every image, int64 [num_samples, 2]; reads all of them."""
+        with ThreadPoolExecutor(4) as pool:
+            shapes = pool.map(lambda index: self.read(index).shape[:2], range(self.num_samples))
+            return np.array(list(shapes))
+
+    @property
+    def min_height(self) -> int:
+        """Smallest image height, in pixels; the first question reads all images."""
+        return int(self._sizes[:, 0].min())
+
+    @property
+    def max_height(self) -> int:
+        """Largest image height, in pixels."""
+        return int(self._sizes[:, 0].max())
+
+    @property
+    def min_width(self) -> int:
+        """Smallest image width, in pixels."""
+        return int(self._sizes[:, 1].min())
+
+    @property
+    def max_width(self) -> int:
+        """Largest image width, in pixels."""
+        return int(self._sizes[:, 1].max())
+
+
+ImagesInfo = BetonInfo | FolderInfo
+
+
+def inspect_images(path: str | Path) -> ImagesInfo:
+    """Checks a ``.beton`` file, or lists a folder of class folders, and describes it.
+
+    Raises:
+        DataError: it is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    return FolderInfo(path) if path.is_dir() else inspect_beton(path)

@@ -1,0 +1,190 @@
+"""Both backends, and a folder in place of a file, give the same batches bit for bit."""
+
+import gc
+import importlib.util
+import logging
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_ffcv import Augmentation, DataError, _pipeline, inspect_images, open_eval_loader
+from data_ffcv.convert import convert
+from tests.data.conftest import UNIT
+from tests.data.streams import (
+    CROP,
+    WHOLE,
+    assert_same,
+    draw,
+    eval_loader,
+    sample_numbers,
+    stream,
+)
+
+needs_ffcv = pytest.mark.skipif(
+    importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def mixed_beton(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`image_folder`, some images raw and some as JPEG."""
+    path = tmp_path_factory.mktemp("mixed") / "mixed.beton"
+    return convert("imagefolder", image_folder, path, write_mode="proportion").path
+
+
+@needs_ffcv
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        CROP,
+        Augmentation("pad_crop", 28, flip=True),
+        Augmentation("random_resized_crop", 16, auto_augment="rand-m9-mstd0.5-inc1"),
+    ],
+    ids=["crop", "pad", "randaugment"],
+)
+def test_threads_give_what_ffcv_gives(grey_beton: Path, augmentation, num_workers: int):
+    settings = {"augmentation": augmentation, "start_batch": 3}
+    ours = draw(grey_beton, 4, backend="threads", num_workers=num_workers, **settings)
+    assert_same(ours, draw(grey_beton, 4, backend="ffcv", **settings))
+
+
+@needs_ffcv
+def test_backends_agree_on_jpeg_and_raw_in_one_file(mixed_beton: Path):
+    info = inspect_images(mixed_beton)
+    assert {0, 1} == set(info.samples.modes.tolist())
+    batches = [draw(mixed_beton, 4, batch_size=4, backend=b) for b in ("threads", "ffcv")]
+    assert_same(*batches)
+
+
+def test_a_folder_gives_what_its_raw_file_gives(image_folder: Path, colour_beton: Path):
+    settings = {"batch_size": 3, "start_batch": 1, "num_workers": 2}
+    assert_same(draw(image_folder, 5, **settings), draw(colour_beton, 5, **settings))
+    whole = Augmentation("center_crop", 24, resize=32)
+    loaders = [
+        open_eval_loader(path, augmentation=whole, batch_size=3, **UNIT)
+        for path in (image_folder, colour_beton)
+    ]
+    assert_same(*(list(loader) for loader in loaders))
+    folder, file = (inspect_images(path) for path in (image_folder, colour_beton))
+    assert (folder.classes, folder.num_classes) == (file.classes, file.num_classes)
+    for name in ("min_height", "max_height", "min_width", "max_width"):
+        assert getattr(folder, name) == getattr(file, name)
+
+
+def test_a_damaged_image_of_a_folder_is_named(image_folder: Path, tmp_path: Path):
+    (tmp_path / "ant").mkdir()
+    broken = tmp_path / "ant" / "half.png"
+    broken.write_bytes((image_folder / "ant" / "0.png").read_bytes()[:300])
+    with stream(tmp_path, batch_size=1) as batches:
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"half\.png cannot be read .*mend or remove"):
+                next(batches)
+
+
+def test_threads_end_with_their_stream(grey_beton: Path):
+    draw(grey_beton, 1, backend="threads")
+    num_threads = threading.active_count()
+    for _ in range(3):
+        batches = stream(grey_beton, num_workers=2, backend="threads")
+        next(batches)
+        batches.close()
+        next(iter(eval_loader(grey_beton, backend="threads")))
+    forgotten = stream(grey_beton, backend="threads")
+    next(forgotten)
+    del forgotten
+    gc.collect()
+    assert threading.active_count() == num_threads
+
+
+@pytest.mark.parametrize("backend", ["threads", pytest.param("ffcv", marks=needs_ffcv)])
+def test_corrupt_jpeg_raises_in_the_consumer(image_folder: Path, tmp_path: Path, backend: str):
+    info = convert("imagefolder", image_folder, tmp_path / "j.beton", write_mode="jpg")
+    content = bytearray(info.path.read_bytes())
+    start = content.rindex(b"\xff\xd8\xff")
+    content[start + 300 : start + 800] = bytes(500)
+    info.path.write_bytes(content)
+    with stream(info.path, batch_size=8, num_workers=2, backend=backend) as batches:
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"j\.beton.* sample \d is corrupt"):
+                next(batches)
+
+
+@pytest.mark.parametrize("backend", ["threads", pytest.param("ffcv", marks=needs_ffcv)])
+def test_a_file_replaced_by_renaming_goes_on(
+    grey_beton: Path, idx_folder: Path, tmp_path: Path, backend: str
+):
+    path = tmp_path / "live.beton"
+    path.write_bytes(grey_beton.read_bytes())
+    expected = draw(grey_beton, 8)
+    whole = list(eval_loader(grey_beton))
+    loader = eval_loader(path, backend=backend)
+    with stream(path, backend=backend) as batches:
+        first = next(batches)
+        other = convert("fashion-mnist", idx_folder, tmp_path / "new.beton", part="test")
+        os.replace(other.path, path)
+        assert_same([first, *(next(batches) for _ in range(7))], expected)
+    assert_same(list(loader), whole)
+
+
+def test_without_ffcv_threads_take_over_with_one_notice(
+    grey_beton: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    expected = draw(grey_beton, 2, backend="threads")
+    monkeypatch.setattr(_pipeline.importlib.util, "find_spec", lambda name: None)
+    _pipeline._tell_missing_ffcv.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert_same(draw(grey_beton, 2), expected)
+        with stream(grey_beton) as batches:
+            assert batches.backend == "threads"
+    assert [record.message for record in caplog.records] == [
+        "FFCV is not installed: .beton files are read by threads, batches are the same"
+    ]
+    with pytest.raises(DataError, match="pip install ffcv"):
+        stream(grey_beton, backend="ffcv")
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"), [("numpy", "backend must be one of"), ("ffcv", "cannot read.*convert")]
+)
+def test_bad_backends_are_refused(image_folder: Path, backend: str, words: str):
+    with pytest.raises(DataError, match=words):
+        stream(image_folder, backend=backend)
+
+
+def test_batches_may_be_kept(grey_beton: Path):
+    """None is part of a ring that later batches overwrite."""
+    for backend in ("threads", "auto"):
+        with stream(grey_beton, WHOLE, backend=backend) as batches:
+            kept = [next(batches) for _ in range(20)]
+            copies = [tuple(tensor.clone() for tensor in batch) for batch in kept]
+            for _ in range(20):
+                next(batches)
+        assert_same(kept, copies)
+
+
+def test_index_lists_split_one_file_into_disjoint_parts(grey_beton: Path):
+    first, second = (
+        [n for images, _ in eval_loader(grey_beton, indices=part) for n in sample_numbers(images)]
+        for part in (np.arange(0, 100), np.arange(100, 203))
+    )
+    assert sorted(first + second) == list(range(203))
+
+
+def test_no_loader_moves_the_random_state_of_training(grey_beton: Path):
+    augmentation = Augmentation(
+        "random_resized_crop",
+        16,
+        flip=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        color_jitter=(0.4, 0.4, 0.2, 0.1),
+        random_erasing_prob=0.5,
+    )
+    state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    draw(grey_beton, 3, augmentation)
+    assert torch.equal(torch.random.get_rng_state(), state[0])
+    assert np.array_equal(np.random.get_state()[1], state[1])
