@@ -1,5 +1,6 @@
 """Loading ahead in a thread: what both backends share, and the backend without FFCV."""
 
+import sys
 from collections.abc import Iterator
 from queue import Empty, Full, Queue
 from threading import Event, Thread
@@ -87,7 +88,7 @@ class PlannedBatches:
 
 
 class ThreadBatches(PlannedBatches, Thread):
-    """The backend without FFCV: a ring of pinned buffers for CUDA, fresh memory for the CPU."""
+    """The backend without FFCV: a ring of pinned buffers for CUDA, memory to keep for the CPU."""
 
     def __init__(
         self, decoder: Decoder, plan: Iterator[BatchPlan], batch_size: int, pinned: bool
@@ -95,9 +96,10 @@ class ThreadBatches(PlannedBatches, Thread):
         self.output_queue = Queue(BATCHES_AHEAD)
         self.terminate_event = Event()
         self._ring = [
-            [_empty((batch_size, *array.shape), array.dtype, True) for array in decoder.arrays]
+            [_pinned((batch_size, *array.shape), array.dtype) for array in decoder.arrays]
             for _ in range(BATCHES_AHEAD + 2 if pinned else 0)
         ]
+        self._memory = BatchMemory(decoder, batch_size)
         super().__init__(decoder, plan)
         self.daemon = True
         self.start()
@@ -106,17 +108,42 @@ class ThreadBatches(PlannedBatches, Thread):
         if self._ring:
             batch = [array[: len(indices)] for array in self._ring[number % len(self._ring)]]
         else:
-            batch = fresh_batch(self._decoder, len(indices))
+            batch = self._memory.take(len(indices))
         self._decoder.decode(epoch, indices, batch)
         return batch
 
 
-def fresh_batch(decoder: Decoder, count: int) -> list[np.ndarray]:
-    """Returns uninitialised arrays for a batch, which its consumer may keep."""
-    return [_empty((count, *array.shape), array.dtype, False) for array in decoder.arrays]
+class BatchMemory:
+    """Arrays for batches that their consumer may keep; those that nobody holds are used again.
+
+    The system clears every page of fresh memory, which takes about as long as to decode into it.
+    """
+
+    _NUM_KEPT = BATCHES_AHEAD + 3  # being loaded, taken last, about to be dropped
+
+    def __init__(self, decoder: Decoder, batch_size: int) -> None:
+        self._shapes = [((batch_size, *array.shape), array.dtype) for array in decoder.arrays]
+        self._kept: list[list[np.ndarray]] = []
+
+    def take(self, count: int) -> list[np.ndarray]:
+        """Returns uninitialised arrays whose first axis is `count`, at most the batch size."""
+        arrays = next(filter(_nobody_holds, self._kept), None)
+        if arrays is None:
+            arrays = [np.empty(shape, dtype) for shape, dtype in self._shapes]
+            if len(self._kept) < self._NUM_KEPT:
+                self._kept.append(arrays)
+        return [array[:count] for array in arrays]
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype, pinned: bool) -> np.ndarray:
-    # torch's memory, unlike numpy's, is aligned for its vector instructions
+def _nobody_holds(arrays: list[np.ndarray]) -> bool:
+    """Whether the list alone refers to its arrays: no view, and no tensor on their memory."""
+    return all(sys.getrefcount(arrays[n]) <= _NUM_REFERENCES for n in range(len(arrays)))
+
+
+_PROBE = [np.empty(0)]
+_NUM_REFERENCES = sys.getrefcount(_PROBE[0])
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     kind = torch.from_numpy(np.empty(0, dtype)).dtype
-    return torch.empty(shape, dtype=kind, pin_memory=pinned).numpy()
+    return torch.empty(shape, dtype=kind, pin_memory=True).numpy()

@@ -15,7 +15,8 @@ import numpy as np
 from data_ffcv import _kernels
 from data_ffcv._colours import Colours
 from data_ffcv._images import Images
-from data_ffcv._normalise import look_up
+from data_ffcv._normalise import normalise_pixels
+from data_ffcv._scaling import Scaling
 from data_ffcv.augment import Augmentation
 
 _NUM_TOGETHER = 8  # images between two stages: few enough to stay in a core's cache
@@ -33,7 +34,7 @@ class Decoder:
     """Turns sample numbers into the arrays of a batch.
 
     They are one array of images for each view, uint8 [n, height, width, 3], or normalised float32
-    [n, 3, height, width] with a `table`; then the labels, int64 [n], or the masks of the first
+    [n, 3, height, width] with a `scaling`; then the labels, int64 [n], or the masks of the first
     view, uint8 [n, height, width].
 
     Attributes:
@@ -49,7 +50,7 @@ class Decoder:
         seed: int,
         fill: tuple[int, int, int],
         num_workers: int,
-        table: np.ndarray | None,
+        scaling: Scaling | None,
     ) -> None:
         """Starts no thread yet.
 
@@ -60,9 +61,9 @@ class Decoder:
             seed: Of this stream alone; decides crops, flips and colours.
             fill: Colour of what lies outside an image, three values in 0 ... 255.
             num_workers: Number of threads.
-            table: float32 [3, 256] of `normalisation_table`, or None to leave images as bytes.
+            scaling: Of `_scaling.to_scaling`, to normalise; None leaves images as bytes.
         """
-        self._images, self._labels, self._views, self._table = images, labels, views, table
+        self._images, self._labels, self._views, self._scaling = images, labels, views, scaling
         self._settings = [_kernels.to_settings(a, seed, v, fill) for v, a in enumerate(views)]
         self._colours = [
             Colours(a, seed, v) if a.changes_colours else None for v, a in enumerate(views)
@@ -95,7 +96,7 @@ class Decoder:
         self._pool.shutdown(wait=True)
 
     def _view_array(self, view: Augmentation) -> Array:
-        if self._table is None:
+        if self._scaling is None:
             return Array((view.height, view.width, 3), np.dtype(np.uint8))
         return Array((3, view.height, view.width), np.dtype(np.float32))
 
@@ -112,7 +113,7 @@ class Decoder:
         self, epoch: int, indices: np.ndarray, outs: list[np.ndarray], masks: np.ndarray
     ) -> None:
         bytes_out = outs
-        if self._table is not None:
+        if self._scaling is not None:
             sizes = [(len(indices), view.height, view.width, 3) for view in self._views]
             bytes_out = [np.empty(size, np.uint8) for size in sizes]
         self._augment(epoch, indices, bytes_out, masks)
@@ -120,9 +121,9 @@ class Decoder:
             if colours is not None:
                 for pixels, index in zip(view, indices, strict=True):
                     colours(pixels, epoch, int(index))
-        if self._table is not None:
+        if self._scaling is not None:
             for view, out in zip(bytes_out, outs, strict=True):
-                look_up(view, self._table, out)
+                normalise_pixels(view, *self._scaling, out)
 
     def _augment(
         self, epoch: int, indices: np.ndarray, outs: list[np.ndarray], masks: np.ndarray

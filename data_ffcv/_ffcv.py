@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numba import typed
 
-from data_ffcv._batches import BATCHES_AHEAD, BatchPlan, PlannedBatches, fresh_batch
+from data_ffcv._batches import BATCHES_AHEAD, BatchMemory, BatchPlan, PlannedBatches
 from data_ffcv._decoder import Decoder
 from data_ffcv.beton import BetonInfo
 
@@ -101,10 +101,10 @@ def _bare() -> Iterator[None]:
 class _FusedDecoder(Operation):
     """Decodes whole batches, labels included; `epoch` is set by the iterator before each."""
 
-    def __init__(self, decoder: Decoder, pinned: bool) -> None:
+    def __init__(self, decoder: Decoder, memory: BatchMemory, pinned: bool) -> None:
         super().__init__()
         self.epoch = 0
-        self._decoder = decoder
+        self._decoder, self._memory = decoder, memory
         self._pinned = pinned
 
     def declare_state_and_memory(
@@ -114,8 +114,8 @@ class _FusedDecoder(Operation):
         state = State(
             jit_mode=True, device=torch.device("cpu"), shape=first.shape, dtype=first.dtype
         )
-        # FFCV's buffers are pinned where there is a GPU. A batch for the CPU is not copied
-        # again, so it must be memory of its own.
+        # FFCV's ring of buffers is pinned where there is a GPU. A batch for the CPU is not copied
+        # again, so it must be memory that its consumer may keep.
         queries = tuple(AllocationQuery(a.shape, a.dtype) for a in self._decoder.arrays)
         return state, queries if self._pinned else None
 
@@ -123,7 +123,7 @@ class _FusedDecoder(Operation):
         def decode(
             indices: np.ndarray, buffers: tuple | None, metadata: np.ndarray, storage: tuple
         ) -> list[np.ndarray]:
-            batch = list(buffers) if buffers else fresh_batch(self._decoder, len(indices))
+            batch = list(buffers) if buffers else self._memory.take(len(indices))
             self._decoder.decode(self.epoch, indices, batch)
             return batch
 
@@ -145,7 +145,7 @@ class FfcvBatches(PlannedBatches, EpochIterator):
         batch_size: int,
         pinned: bool,
     ) -> None:
-        self._operation = _FusedDecoder(decoder, pinned)
+        self._operation = _FusedDecoder(decoder, BatchMemory(decoder, batch_size), pinned)
         pipelines = {name: None for name in ("label", "mask")}
         pipelines["image"] = PipelineSpec("image", decoder=self._operation)
         with _bare():

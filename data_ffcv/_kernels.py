@@ -202,7 +202,7 @@ def _cut_with_mask(
 
 def _make_augment_images(sources: int) -> Callable:
     def augment_images(pixels, masks, table, epoch, settings, out, out_masks):  # as below
-        sources  # noqa: B018  # see _compile_cached
+        sources  # noqa: B018  # see compile_cached
         values, mask_values = out.reshape(-1), out_masks.reshape(-1)
         num_rows, num_columns = settings.image_size
         scratch = make_scratch(table, settings.image_size)
@@ -224,7 +224,7 @@ def _make_augment_images(sources: int) -> Callable:
     return augment_images
 
 
-def _compile_cached(make: Callable[[int], Callable], *paths: str) -> Callable:
+def compile_cached(make: Callable[[int], Callable], *paths: str) -> Callable:
     """Compiles an entry point, with all it calls, and keeps the code on disk.
 
     Args:
@@ -242,7 +242,7 @@ def _compile_cached(make: Callable[[int], Callable], *paths: str) -> Callable:
         return njit(function, **options)
 
 
-_augment_images = _compile_cached(
+_augment_images = compile_cached(
     _make_augment_images, __file__, _crops.__file__, _resample.__file__
 )
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from data_ffcv._images import open_images
+from data_ffcv._scaling import normalise_tensor, to_scaling
 from data_ffcv.augment import Augmentation
 from data_ffcv.errors import DataError
 from data_ffcv.folder import inspect_images
 
 if TYPE_CHECKING:
     from data_ffcv._batches import BatchPlan, PlannedBatches
-    from data_ffcv._images import Images
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Pipeline:
         self,
         path: str | Path,
         augmentation: Augmentation | Sequence[Augmentation],
+        *,
         batch_size: int,
         seed: int,
         rank: int,
@@ -58,35 +60,28 @@ class Pipeline:
         self._num_workers = _usable_workers(num_workers)
         self._seed, self._rank = seed, rank
         self._device = torch.device(device)
-        self._mean = torch.tensor(mean, dtype=torch.float32)
-        self._std = torch.tensor(std, dtype=torch.float32)
+        self._mean, self._scaling = mean, to_scaling(mean, std)
         self._copied: torch.cuda.Event | None = None
-        self._images = self._open_images()
+        # Mapped now, so that replacing the file later makes no difference.
+        self._images = open_images(self.info)
 
     @property
     def _on_cpu(self) -> bool:
         return self._device.type == "cpu"
 
-    def _open_images(self) -> "Images":
-        """Maps the file now, so that one that is replaced later makes no difference."""
-        from data_ffcv._images import open_images
-
-        return open_images(self.info)
-
     def start(self, plan: Iterator["BatchPlan"]) -> "PlannedBatches":
         """Starts loading the planned batches."""
         from data_ffcv._batches import ThreadBatches
         from data_ffcv._decoder import Decoder
-        from data_ffcv._normalise import normalisation_table
 
         decoder = Decoder(
             self._images,
             self.info.labels,
             self.views,
             seed=self._seed,
-            fill=tuple((255 * self._mean).round().clamp(0, 255).int().tolist()),
+            fill=tuple(min(max(round(255 * mean), 0), 255) for mean in self._mean),
             num_workers=self._num_workers,
-            table=normalisation_table(self._mean, self._std) if self._on_cpu else None,
+            scaling=self._scaling if self._on_cpu else None,
         )
         if self.backend == "threads":
             return ThreadBatches(decoder, plan, self.batch_size, pinned=not self._on_cpu)
@@ -98,7 +93,7 @@ class Pipeline:
         """Returns batch `number` as tensors of the caller's own, on the device."""
         *views, target = (torch.from_numpy(array) for array in arrays)
         if not self._on_cpu:
-            views = [self._normalise(self._to_device(view)) for view in views]
+            views = [normalise_tensor(self._to_device(v), self._scaling) for v in views]
             target = self._to_device(target)
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -113,12 +108,6 @@ class Pipeline:
         """Waits for the last copy, so that the loader may overwrite its buffers."""
         if self._copied is not None:
             self._copied.synchronize()
-
-    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        from data_ffcv._normalise import normalise
-
-        mean, std = self._mean.to(self._device), self._std.to(self._device)
-        return normalise(pixels.permute(0, 3, 1, 2), mean, std)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device, non_blocking=True)

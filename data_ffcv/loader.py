@@ -150,7 +150,16 @@ def open_stream(
     """
     stream_seed = hash_seed(seed, name)
     pipeline = Pipeline(
-        path, augmentation, batch_size, stream_seed, rank, mean, std, num_workers, backend, device
+        path,
+        augmentation,
+        batch_size=batch_size,
+        seed=stream_seed,
+        rank=rank,
+        mean=mean,
+        std=std,
+        num_workers=num_workers,
+        backend=backend,
+        device=device,
     )
     check_rank(rank, world_size)
     if start_batch < 0:
@@ -188,7 +197,16 @@ def open_eval_loader(
         DataError: the file is damaged or a setting is wrong.
     """
     pipeline = Pipeline(
-        path, augmentation, batch_size, 0, rank, mean, std, num_workers, backend, device
+        path,
+        augmentation,
+        batch_size=batch_size,
+        seed=0,
+        rank=rank,
+        mean=mean,
+        std=std,
+        num_workers=num_workers,
+        backend=backend,
+        device=device,
     )
     samples = shard_indices(_check_indices(pipeline.info, indices), rank, world_size)
     return EvalLoader(pipeline, samples)

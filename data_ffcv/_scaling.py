@@ -1,0 +1,23 @@
+"""Normalisation, as one product and one sum for each value."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+# Factor and shift of each channel, float32 [3] both.
+Scaling = tuple[np.ndarray, np.ndarray]
+
+
+def to_scaling(mean: Sequence[float], std: Sequence[float]) -> Scaling:
+    """Returns what makes (pixel / 255 - mean) / std of bytes by one product and one sum."""
+    means, deviations = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    return (1 / (255 * deviations)).astype(np.float32), (-means / deviations).astype(np.float32)
+
+
+def normalise_tensor(pixels: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """Normalises uint8 [n, height, width, 3] on its device into float32 [n, 3, height, width]."""
+    factor, shift = (torch.from_numpy(part).to(pixels.device)[:, None, None] for part in scaling)
+    planes = pixels.permute(0, 3, 1, 2)
+    values = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.mul_(factor).add_(shift)
