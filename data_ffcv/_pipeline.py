@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ import torch
 from data_ffcv._images import open_images
 from data_ffcv._scaling import normalise_tensor, to_scaling
 from data_ffcv.augment import Augmentation
+from data_ffcv.beton import side_path
 from data_ffcv.errors import DataError
-from data_ffcv.folder import inspect_images
+from data_ffcv.folder import ImagesInfo, inspect_images
 
 if TYPE_CHECKING:
     from data_ffcv._batches import BatchPlan, PlannedBatches
@@ -53,7 +55,7 @@ class Pipeline:
             raise DataError(f"mean and std need three channels, std > 0; got {mean} and {std}")
         self.views = (augmentation,) if isinstance(augmentation, Augmentation) else (*augmentation,)
         self.backend = choose_backend(backend, Path(path))
-        self.info = inspect_images(path)
+        self.info = _inspect_shared(Path(path))
         self.batch_size = batch_size
         for view in self.views:
             view.check_fits(self.info)
@@ -111,6 +113,22 @@ class Pipeline:
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device, non_blocking=True)
+
+
+# Information of files that streams of this process are reading.
+_in_use: WeakValueDictionary[tuple, ImagesInfo] = WeakValueDictionary()
+
+
+def _inspect_shared(path: Path) -> ImagesInfo:
+    """Checks a file as `inspect_images` does; streams of one unchanged file share its tables."""
+    files = (path, side_path(path))
+    if not all(file.is_file() for file in files):
+        return inspect_images(path)
+    stats = [file.stat() for file in files]
+    key = (path, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats))
+    info = _in_use.get(key) or inspect_images(path)
+    _in_use[key] = info
+    return info
 
 
 def choose_backend(backend: Backend, path: Path) -> Literal["ffcv", "threads"]:

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -167,12 +168,23 @@ def test_batches_and_parts_of_them_may_be_kept(grey_beton: Path, backend: str):
             for images, labels in itertools.islice(batches, 20)
         ]
         kept.append((batch[0], batch[1]))
-        copies = [tuple(np.array(part) for part in parts) for parts in kept]
+        copies = [tuple(np.asarray(part).copy() for part in parts) for parts in kept]
         del batch
         for _ in range(20):
             next(batches)
     for parts, copy in zip(kept, copies, strict=True):
         assert all(np.array_equal(part, other) for part, other in zip(parts, copy, strict=True))
+
+
+def test_streams_of_a_file_share_its_tables_until_it_changes(grey_beton: Path, tmp_path: Path):
+    path = tmp_path / "live.beton"
+    for suffix in ("", ".json"):
+        shutil.copy(f"{grey_beton}{suffix}", f"{path}{suffix}")
+    loaders = [eval_loader(path), eval_loader(path, indices=np.arange(9))]
+    assert loaders[0].info is loaders[1].info
+    path.write_bytes(path.read_bytes()[:-24])
+    with pytest.raises(DataError, match="truncated"):
+        eval_loader(path)
 
 
 def test_memory_of_dropped_batches_is_used_again(grey_beton: Path):
@@ -203,3 +215,16 @@ def test_no_loader_moves_the_random_state_of_training(grey_beton: Path):
     draw(grey_beton, 3, augmentation)
     assert torch.equal(torch.random.get_rng_state(), state[0])
     assert np.array_equal(np.random.get_state()[1], state[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["threads", pytest.param("ffcv", marks=needs_ffcv)])
+def test_batches_on_the_gpu_are_those_of_the_cpu(grey_beton: Path, backend: str):
+    """Pinned buffers are overwritten only when their asynchronous copies have ended."""
+    augmentation = Augmentation("random_resized_crop", 64, flip=True)
+    settings = {"augmentation": augmentation, "backend": backend}
+    expected = draw(grey_beton, 30, **settings)
+    with stream(grey_beton, device="cuda", **settings) as batches:
+        kept = list(itertools.islice(batches, 30))
+    assert all(tensor.is_cuda for batch in kept for tensor in batch)
+    assert_same([tuple(tensor.cpu() for tensor in batch) for batch in kept], expected)
