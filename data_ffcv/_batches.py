@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from queue import Empty, Full, Queue
-from threading import Event, Thread
-from typing import Any
+from threading import Event, Thread, current_thread
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,16 @@ from data_ffcv._decoder import Decoder
 
 # (epoch, sample indices): what is to be decoded next.
 BatchPlan = tuple[int, np.ndarray]
+
+
+class Loaded(NamedTuple):
+    """A batch as a thread has loaded it: its plan, and the arrays of `Decoder`."""
+
+    epoch: int
+    indices: np.ndarray
+    arrays: list[np.ndarray]
+
+
 BATCHES_AHEAD = 2  # a third would cost memory and, measured, gains nothing
 
 
@@ -40,13 +51,15 @@ class PlannedBatches:
     def run(self) -> None:
         try:
             for number, (epoch, indices) in enumerate(self._plan):
-                if not self._put(self.load(number, epoch, indices)):
+                if not self._put(Loaded(epoch, indices, self.load(number, epoch, indices))):
                     return
         except BaseException as error:
             self._failure = error
+        finally:
+            self._decoder.close(wait=False)
         self._put(None)
 
-    def _put(self, batch: list[np.ndarray] | None) -> bool:
+    def _put(self, batch: Loaded | None) -> bool:
         """Hands a batch to the consumer; False once the iterator is being closed."""
         while not self.terminate_event.is_set():
             try:
@@ -56,13 +69,13 @@ class PlannedBatches:
                 pass
         return False
 
-    def __iter__(self) -> Iterator[list[np.ndarray]]:
+    def __iter__(self) -> Iterator[Loaded]:
         return self
 
-    def __next__(self) -> list[np.ndarray]:
-        """Returns the arrays of the next batch (see `Decoder`).
+    def __next__(self) -> Loaded:
+        """Returns the next batch.
 
-        They may be part of a ring of buffers: valid until the next batch is taken.
+        Its arrays may be part of a ring of buffers: valid until the next batch is taken.
         """
         batch = None if self._ended else self.output_queue.get()
         if batch is not None:
@@ -73,15 +86,23 @@ class PlannedBatches:
         raise StopIteration
 
     def stop(self) -> None:
-        """Ends the loading thread and the workers; returns when they are gone."""
+        """Ends the loading thread and the workers; returns when they are gone.
+
+        Garbage collection may run this in one of these threads, which cannot wait for itself:
+        then it only tells them to end.
+        """
         self.terminate_event.set()
+        if current_thread() is self or self._decoder.runs_here():
+            return
         while self.is_alive():
             try:
                 self.output_queue.get_nowait()
             except Empty:
                 self.join(timeout=0.01)
         self.close()
-        self._decoder.close()
+        self._decoder.close(wait=True)
+        with suppress(Full):
+            self.output_queue.put_nowait(None)  # for a consumer that waits in another thread
 
     def close(self) -> None:
         """Releases what the subclass holds."""
@@ -130,8 +151,7 @@ class BatchMemory:
         arrays = next(filter(_nobody_holds, self._kept), None)
         if arrays is None:
             arrays = [np.empty(shape, dtype) for shape, dtype in self._shapes]
-            if len(self._kept) < self._NUM_KEPT:
-                self._kept.append(arrays)
+            self._kept = [*self._kept, arrays][-self._NUM_KEPT :]
         return [array[:count] for array in arrays]
 
 

@@ -7,7 +7,7 @@ thread nor on what was drawn before, and the process's global generators do not 
 import importlib.util
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -152,7 +152,7 @@ def _load_auto_augment() -> ModuleType:
     return module
 
 
-def erase(images: torch.Tensor, augmentation: Augmentation, key: int) -> None:
+def erase(images: torch.Tensor, augmentation: Augmentation, keys: Iterable[int]) -> None:
     """Overwrites one rectangle of some images with Gaussian noise, in place.
 
     Zhong et al. 2020 with the noise of timm's mode "pixel", as MAE fine-tunes. A pure function
@@ -161,27 +161,33 @@ def erase(images: torch.Tensor, augmentation: Augmentation, key: int) -> None:
     Args:
         images: [batch, 3, height, width], normalised, on any device.
         augmentation: Gives `random_erasing_prob`.
-        key: In [0, 2^64), another for each batch.
+        keys: In [0, 2^64), one for each image: the draws of one image depend on no other.
     """
     mend_torchvision()
     from timm.data.random_erasing import RandomErasing
 
-    with _seeded(key, images.device):
-        RandomErasing(augmentation.random_erasing_prob, mode="pixel", device=images.device)(images)
+    eraser = RandomErasing(augmentation.random_erasing_prob, mode="pixel", device=images.device)
+    with _kept_states(images.device):
+        for image, key in zip(images, keys, strict=True):
+            _seed(key, images.device)
+            eraser(image)
 
 
 @contextmanager
-def _seeded(key: int, device: torch.device) -> Iterator[None]:
-    """Seeds what timm's RandomErasing draws from, `random` and torch, and restores it."""
+def _kept_states(device: torch.device) -> Iterator[None]:
+    """Restores what timm's RandomErasing draws from: `random` and torch's generator."""
     state = random.getstate()
-    random.seed(key)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if device.type == "cuda":
-                with torch.cuda.device(device):  # the other devices' states are not restored
-                    torch.cuda.manual_seed(key)
-            else:
-                torch.default_generator.manual_seed(key)
             yield
     finally:
         random.setstate(state)
+
+
+def _seed(key: int, device: torch.device) -> None:
+    random.seed(key)
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # the other devices' states are not restored
+            torch.cuda.manual_seed(key)
+    else:
+        torch.default_generator.manual_seed(key)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-IGNORED = 255  # class of mask pixels that count nowhere
+from data_ffcv._format import IGNORED
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 Box = tuple[int, int, int, int]  # top, left, height, width

@@ -8,16 +8,20 @@ loader.
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
 from typing import NamedTuple
 
 import numpy as np
 
 from data_ffcv import _kernels
 from data_ffcv._colours import Colours
+from data_ffcv._format import IGNORED
 from data_ffcv._images import Images
 from data_ffcv._normalise import normalise_pixels
 from data_ffcv._scaling import Scaling
 from data_ffcv.augment import Augmentation
+from data_ffcv.errors import DataError
+from data_ffcv.folder import ImagesInfo
 
 _NUM_TOGETHER = 8  # images between two stages: few enough to stay in a core's cache
 _NO_MASKS = np.empty((0, 0, 0), np.uint8)
@@ -44,7 +48,7 @@ class Decoder:
     def __init__(
         self,
         images: Images,
-        labels: np.ndarray | None,
+        info: ImagesInfo,
         views: Sequence[Augmentation],
         *,
         seed: int,
@@ -56,23 +60,26 @@ class Decoder:
 
         Args:
             images: Where the pixels come from.
-            labels: Class of each sample; None for a set with masks.
+            info: Of these images.
             views: What is done to each image, once for each view.
             seed: Of this stream alone; decides crops, flips and colours.
             fill: Colour of what lies outside an image, three values in 0 ... 255.
             num_workers: Number of threads.
             scaling: Of `_scaling.to_scaling`, to normalise; None leaves images as bytes.
         """
-        self._images, self._labels, self._views, self._scaling = images, labels, views, scaling
+        self._images, self._info, self._views, self._scaling = images, info, views, scaling
         self._settings = [_kernels.to_settings(a, seed, v, fill) for v, a in enumerate(views)]
         self._colours = [
             Colours(a, seed, v) if a.changes_colours else None for v, a in enumerate(views)
         ]
         self._num_workers = num_workers
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+        self._workers = workers = set()
+        self._pool = ThreadPoolExecutor(
+            num_workers, "decode", initializer=lambda: workers.add(get_ident())
+        )
         self.arrays = [self._view_array(view) for view in views]
         target = Array((), np.dtype(np.int64))
-        if labels is None:
+        if info.has_masks:
             target = Array((views[0].height, views[0].width), np.dtype(np.uint8))
         self.arrays.append(target)
 
@@ -83,17 +90,21 @@ class Decoder:
             DataError: a sample is corrupt.
         """
         *_, targets = batch
-        if self._labels is not None:
-            targets[:] = self._labels[indices]
+        if not self._info.has_masks:
+            targets[:] = self._info.labels[indices]
         bounds = np.linspace(0, len(indices), self._num_workers + 1).astype(int)
         runs = [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
         jobs = [self._pool.submit(self._decode_run, epoch, indices, batch, run) for run in runs]
         for job in jobs:
             job.result()
 
-    def close(self) -> None:
+    def runs_here(self) -> bool:
+        """Whether the calling thread is one of this decoder's."""
+        return get_ident() in self._workers
+
+    def close(self, wait: bool) -> None:
         """Ends the threads, after what they are at."""
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=wait)
 
     def _view_array(self, view: Augmentation) -> Array:
         if self._scaling is None:
@@ -106,8 +117,9 @@ class Decoder:
         *views, targets = batch
         for start in range(run.start, run.stop, _NUM_TOGETHER):
             part = slice(start, min(start + _NUM_TOGETHER, run.stop))
-            masks = targets[part] if self._labels is None else _NO_MASKS
+            masks = targets[part] if self._info.has_masks else _NO_MASKS
             self._decode_part(epoch, indices[part], [view[part] for view in views], masks)
+            self._check_masks(indices[part], masks)
 
     def _decode_part(
         self, epoch: int, indices: np.ndarray, outs: list[np.ndarray], masks: np.ndarray
@@ -124,6 +136,16 @@ class Decoder:
         if self._scaling is not None:
             for view, out in zip(bytes_out, outs, strict=True):
                 normalise_pixels(view, *self._scaling, out)
+
+    def _check_masks(self, indices: np.ndarray, masks: np.ndarray) -> None:
+        unknown = (masks >= self._info.num_classes) & (masks != IGNORED)
+        if unknown.any():
+            sample = indices[unknown.any(axis=(1, 2)).argmax()]
+            raise DataError(
+                f"{self._info.path}: the mask of sample {sample} has the class "
+                f"{masks[unknown][0]}, but there are {self._info.num_classes}; convert the file "
+                "again"
+            )
 
     def _augment(
         self, epoch: int, indices: np.ndarray, outs: list[np.ndarray], masks: np.ndarray

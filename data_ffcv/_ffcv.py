@@ -22,7 +22,7 @@ from numba import typed
 
 from data_ffcv._batches import BATCHES_AHEAD, BatchMemory, BatchPlan, PlannedBatches
 from data_ffcv._decoder import Decoder
-from data_ffcv.beton import BetonInfo
+from data_ffcv._images import BetonImages
 
 
 @contextmanager
@@ -84,16 +84,19 @@ _bare_lock = threading.Lock()
 
 @contextmanager
 def _bare() -> Iterator[None]:
-    """Lets FFCV take the functions of a pipeline as they are, while a loader is built."""
+    """Lets FFCV take the functions of a pipeline as they are, while a loader is built.
+
+    For the whole process: another thread must not build a loader of FFCV's own meanwhile.
+    """
     with _bare_lock:
         _loader_module.Reader, _loader_module.OSCacheManager = _BareReader, _BareManager
-        set_num_threads = Compiler.set_num_threads
+        set_num_threads, is_enabled = Compiler.set_num_threads, Compiler.is_enabled
         Compiler.set_num_threads = lambda num_threads: None
         Compiler.set_enabled(False)
         try:
             yield
         finally:
-            Compiler.set_enabled(True)
+            Compiler.set_enabled(is_enabled)
             Compiler.set_num_threads = set_num_threads
             _loader_module.Reader, _loader_module.OSCacheManager = Reader, OSCacheManager
 
@@ -137,9 +140,13 @@ class FfcvBatches(PlannedBatches, EpochIterator):
     thread count.
     """
 
+    # For `close`, where the constructor has failed.
+    closed = True
+    terminate_event = threading.Event()
+
     def __init__(
         self,
-        info: BetonInfo,
+        images: BetonImages,
         decoder: Decoder,
         plan: Iterator[BatchPlan],
         batch_size: int,
@@ -150,7 +157,8 @@ class FfcvBatches(PlannedBatches, EpochIterator):
         pipelines["image"] = PipelineSpec("image", decoder=self._operation)
         with _bare():
             loader = Loader(
-                str(info.path),
+                f"/proc/self/fd/{images.file.fileno()}",  # also when the path is another file now
+                seed=0,  # FFCV would draw one from numpy's global generator
                 batch_size=batch_size,
                 num_workers=1,  # FFCV's own (numba) threads: none of its compiled code runs
                 os_cache=True,

@@ -1,11 +1,12 @@
 """Where pixels come from: a mapped ``.beton`` file, or a folder of image files."""
 
+import os
 from typing import Protocol
 
 import numpy as np
 import simplejpeg
 
-from data_ffcv.beton import RAW, BetonInfo
+from data_ffcv.beton import RAW, BetonInfo, file_version
 from data_ffcv.errors import DataError
 from data_ffcv.folder import FolderInfo, ImagesInfo
 
@@ -41,14 +42,20 @@ class Images(Protocol):
 class BetonImages:
     """The images of a checked ``.beton``.
 
-    The mapping stays valid when the file is replaced by renaming another one over it. Truncating
-    or rewriting it in place would kill the process (SIGBUS), as with any mapped file.
+    The file stays open, and the mapping stays valid when another file is renamed over it.
+    Truncating or rewriting it in place would kill the process (SIGBUS), as with any mapped file.
     """
 
     def __init__(self, info: BetonInfo) -> None:
         self._info = info
-        mapped = np.memmap(info.path, np.uint8, mode="r")
+        self.file = info.path.open("rb")
+        mapped = np.memmap(self.file, np.uint8, mode="r")
         self.pixels = self.masks = mapped.view(np.ndarray)
+
+    @property
+    def is_inspected(self) -> bool:
+        """Whether the mapped file is the very one that was inspected."""
+        return self._info.version == file_version(os.fstat(self.file.fileno()))
 
     def places(self, indices: np.ndarray) -> np.ndarray:
         samples = self._info.samples
@@ -65,18 +72,19 @@ class BetonImages:
         start = int(samples.pointers[index])
         content = self.pixels[start : start + int(samples.num_bytes[index])]
         try:
-            pixels = simplejpeg.decode_jpeg(content, "RGB")
+            # A damaged header may ask for any amount of memory, so it is looked at first.
+            if simplejpeg.decode_jpeg_header(content)[:2] != self._shape(index):
+                raise ValueError("it has another size")
+            return simplejpeg.decode_jpeg(content, "RGB")
         except ValueError as error:
             raise DataError(
                 f"{self._info.path}: the JPEG data of sample {index} is corrupt ({error}); "
                 "convert the file again"
             ) from error
-        if pixels.shape[:2] != (samples.heights[index], samples.widths[index]):
-            raise DataError(
-                f"{self._info.path}: sample {index} has another size than its JPEG data; "
-                "convert the file again"
-            )
-        return pixels
+
+    def _shape(self, index: int) -> tuple[int, int]:
+        samples = self._info.samples
+        return int(samples.heights[index]), int(samples.widths[index])
 
 
 class FolderImages:

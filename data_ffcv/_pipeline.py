@@ -8,20 +8,17 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 
-from data_ffcv._images import open_images
-from data_ffcv._scaling import normalise_tensor, to_scaling
+from data_ffcv._images import BetonImages, Images, open_images
+from data_ffcv._scaling import move_scaling, normalise_tensor, to_scaling
 from data_ffcv.augment import Augmentation
-from data_ffcv.beton import side_path
 from data_ffcv.errors import DataError
 from data_ffcv.folder import ImagesInfo, inspect_images
 
 if TYPE_CHECKING:
-    from data_ffcv._batches import BatchPlan, PlannedBatches
+    from data_ffcv._batches import BatchPlan, Loaded, PlannedBatches
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,6 @@ class Pipeline:
         *,
         batch_size: int,
         seed: int,
-        rank: int,
         mean: Sequence[float],
         std: Sequence[float],
         num_workers: int,
@@ -55,17 +51,16 @@ class Pipeline:
             raise DataError(f"mean and std need three channels, std > 0; got {mean} and {std}")
         self.views = (augmentation,) if isinstance(augmentation, Augmentation) else (*augmentation,)
         self.backend = choose_backend(backend, Path(path))
-        self.info = _inspect_shared(Path(path))
+        self.info, self._images = _open_unchanged(Path(path))
         self.batch_size = batch_size
         for view in self.views:
             view.check_fits(self.info)
         self._num_workers = _usable_workers(num_workers)
-        self._seed, self._rank = seed, rank
+        self._seed = seed
         self._device = torch.device(device)
         self._mean, self._scaling = mean, to_scaling(mean, std)
+        self._device_scaling = move_scaling(self._scaling, self._device)
         self._copied: torch.cuda.Event | None = None
-        # Mapped now, so that replacing the file later makes no difference.
-        self._images = open_images(self.info)
 
     @property
     def _on_cpu(self) -> bool:
@@ -78,7 +73,7 @@ class Pipeline:
 
         decoder = Decoder(
             self._images,
-            self.info.labels,
+            self.info,
             self.views,
             seed=self._seed,
             fill=tuple(min(max(round(255 * mean), 0), 255) for mean in self._mean),
@@ -89,22 +84,28 @@ class Pipeline:
             return ThreadBatches(decoder, plan, self.batch_size, pinned=not self._on_cpu)
         from data_ffcv._ffcv import FfcvBatches
 
-        return FfcvBatches(self.info, decoder, plan, self.batch_size, pinned=not self._on_cpu)
+        return FfcvBatches(self._images, decoder, plan, self.batch_size, pinned=not self._on_cpu)
 
-    def finish(self, arrays: list[np.ndarray], number: int) -> Batch:
-        """Returns batch `number` as tensors of the caller's own, on the device."""
-        *views, target = (torch.from_numpy(array) for array in arrays)
+    def finish(self, batch: "Loaded") -> Batch:
+        """Returns a batch as tensors of the caller's own, on the device."""
+        *views, target = (torch.from_numpy(array) for array in batch.arrays)
         if not self._on_cpu:
-            views = [normalise_tensor(self._to_device(v), self._scaling) for v in views]
+            views = [normalise_tensor(self._to_device(v), self._device_scaling) for v in views]
             target = self._to_device(target)
             self._copied = torch.cuda.Event()
-            self._copied.record()
-        for position, (view, images) in enumerate(zip(self.views, views, strict=True)):
-            if view.random_erasing_prob > 0:
-                from data_ffcv._colours import erase
-
-                erase(images, view, hash_seed(self._seed, f"{position} {number} {self._rank}"))
+            self._copied.record(torch.cuda.current_stream(self._device))
+        for number, images in enumerate(views):
+            self._erase(images, number, batch)
         return (*views, target.long())
+
+    def _erase(self, images: torch.Tensor, number: int, batch: "Loaded") -> None:
+        view = self.views[number]
+        if view.random_erasing_prob == 0:
+            return
+        from data_ffcv._colours import erase
+
+        names = (f"erase {number} {batch.epoch} {index}" for index in batch.indices)
+        erase(images, view, [hash_seed(self._seed, name) for name in names])
 
     def wait(self) -> None:
         """Waits for the last copy, so that the loader may overwrite its buffers."""
@@ -115,20 +116,13 @@ class Pipeline:
         return tensor.to(self._device, non_blocking=True)
 
 
-# Information of files that streams of this process are reading.
-_in_use: WeakValueDictionary[tuple, ImagesInfo] = WeakValueDictionary()
-
-
-def _inspect_shared(path: Path) -> ImagesInfo:
-    """Checks a file as `inspect_images` does; streams of one unchanged file share its tables."""
-    files = (path, side_path(path))
-    if not all(file.is_file() for file in files):
-        return inspect_images(path)
-    stats = [file.stat() for file in files]
-    key = (path, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats))
-    info = _in_use.get(key) or inspect_images(path)
-    _in_use[key] = info
-    return info
+def _open_unchanged(path: Path) -> tuple[ImagesInfo, Images]:
+    """Checks and maps one and the same file, even if another is being renamed over it."""
+    while True:
+        info = inspect_images(path)
+        images = open_images(info)
+        if not isinstance(images, BetonImages) or images.is_inspected:
+            return info, images
 
 
 def choose_backend(backend: Backend, path: Path) -> Literal["ffcv", "threads"]:
@@ -146,17 +140,35 @@ def choose_backend(backend: Backend, path: Path) -> Literal["ffcv", "threads"]:
             f"{path} is a folder, which backend ffcv cannot read; convert it with "
             "python -m data_ffcv.convert imagefolder, or use backend auto or threads"
         )
-    if importlib.util.find_spec("ffcv") is not None:
+    reason = _why_no_ffcv()
+    if reason is None:
         return "ffcv"
     if backend == "ffcv":
-        raise DataError("FFCV is not installed; pip install ffcv, or use backend auto or threads")
-    _tell_missing_ffcv()
+        raise DataError(
+            f"FFCV cannot be used ({reason}); install it (pip install ffcv), or use backend auto "
+            "or threads"
+        )
+    _tell_no_ffcv(reason)
     return "threads"
 
 
 @cache
-def _tell_missing_ffcv() -> None:
-    logger.warning("FFCV is not installed: .beton files are read by threads, batches are the same")
+def _why_no_ffcv() -> str | None:
+    """Returns why FFCV cannot be imported, None where it can."""
+    if importlib.util.find_spec("ffcv") is None:
+        return "it is not installed"
+    try:
+        import data_ffcv._ffcv  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # such as a library it was built with
+        return " ".join(str(error).split())
+    return None
+
+
+@cache
+def _tell_no_ffcv(reason: str) -> None:
+    logger.warning(
+        "FFCV cannot be used (%s): .beton files are read by threads, batches are the same", reason
+    )
 
 
 def _usable_workers(num_workers: int) -> int:

@@ -7,6 +7,8 @@ import torch
 
 # Factor and shift of each channel, float32 [3] both.
 Scaling = tuple[np.ndarray, np.ndarray]
+# The same on a device, float32 [3, 1, 1] both.
+DeviceScaling = tuple[torch.Tensor, torch.Tensor]
 
 
 def to_scaling(mean: Sequence[float], std: Sequence[float]) -> Scaling:
@@ -15,9 +17,15 @@ def to_scaling(mean: Sequence[float], std: Sequence[float]) -> Scaling:
     return (1 / (255 * deviations)).astype(np.float32), (-means / deviations).astype(np.float32)
 
 
-def normalise_tensor(pixels: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+def move_scaling(scaling: Scaling, device: torch.device) -> DeviceScaling:
+    """Returns a scaling for `normalise_tensor`, once: such a copy waits for the device."""
+    factor, shift = (torch.from_numpy(part).to(device)[:, None, None] for part in scaling)
+    return factor, shift
+
+
+def normalise_tensor(pixels: torch.Tensor, scaling: DeviceScaling) -> torch.Tensor:
     """Normalises uint8 [n, height, width, 3] on its device into float32 [n, 3, height, width]."""
-    factor, shift = (torch.from_numpy(part).to(pixels.device)[:, None, None] for part in scaling)
+    factor, shift = scaling
     planes = pixels.permute(0, 3, 1, 2)
     values = planes.to(torch.float32, memory_format=torch.contiguous_format)
     return values.mul_(factor).add_(shift)

@@ -5,6 +5,7 @@ hangs the loader. `inspect_beton` therefore checks the structure first.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,8 @@ from data_ffcv._format import (
     read_rows,
 )
 from data_ffcv.errors import DataError
+
+_MAX_CLASSES = 1 << 20  # more are a damaged label
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,7 @@ class BetonInfo:
         labels: Class of each sample, int64 [num_samples]; None for a segmentation file.
         samples: Where each sample lies.
         min_height: Smallest image height, in pixels; likewise the other three.
+        version: `file_version` of the file that was read.
     """
 
     path: Path
@@ -72,6 +76,7 @@ class BetonInfo:
     max_height: int
     min_width: int
     max_width: int
+    version: tuple[int, ...] = ()
 
     @property
     def has_masks(self) -> bool:
@@ -83,6 +88,11 @@ def side_path(path: str | Path) -> Path:
     """Path of the JSON file that stands beside a ``.beton`` and names its classes."""
     path = Path(path)
     return path.with_name(path.name + ".json")
+
+
+def file_version(status: os.stat_result) -> tuple[int, ...]:
+    """Returns what tells a file from another, and from itself after a change."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def inspect_beton(path: str | Path) -> BetonInfo:
@@ -99,6 +109,7 @@ def inspect_beton(path: str | Path) -> BetonInfo:
         try:
             layout = read_header(path, file)
             samples, labels = _read_samples(path, file, layout)
+            version = file_version(os.fstat(file.fileno()))
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}); check the disk") from error
     classes = _read_classes(path, layout, labels)
@@ -113,6 +124,7 @@ def inspect_beton(path: str | Path) -> BetonInfo:
         max_height=int(samples.heights.max()),
         min_width=int(samples.widths.min()),
         max_width=int(samples.widths.max()),
+        version=version,
     )
 
 
@@ -197,6 +209,8 @@ def _read_classes(path: Path, layout: Layout, labels: np.ndarray | None) -> tupl
     if not side.is_file():
         if labels is None:
             raise DataError(f"{side} is missing, which names the classes of the masks; {CONVERT}")
+        if labels.max() >= _MAX_CLASSES:
+            raise contradiction(path, f"a sample has the label {labels.max()}")
         return tuple(str(label) for label in range(int(labels.max()) + 1))
     try:
         content = json.loads(side.read_text(encoding="utf-8"))

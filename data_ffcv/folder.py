@@ -1,14 +1,19 @@
 """A folder of class folders, read as it is instead of being converted."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from data_ffcv.beton import BetonInfo, inspect_beton
+from data_ffcv.beton import BetonInfo, file_version, inspect_beton, side_path
 from data_ffcv.errors import DataError
 from data_ffcv.splits import conversion_order
+
+_NUM_TOGETHER = 256  # files that a thread takes at once
 
 
 class FolderInfo:
@@ -46,8 +51,14 @@ class FolderInfo:
             DataError: it cannot be read.
         """
         number = int(self._order[index])
-        try:
+        with self._naming(number):
             return np.asarray(self._source.read(number).image)
+
+    @contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
+        """Turns whatever an image raises into a DataError that names it."""
+        try:
+            yield
         except Exception as error:
             raise DataError(
                 f"{self._source.name(number)} cannot be read ({error}); mend or remove it"
@@ -55,14 +66,23 @@ class FolderInfo:
 
     @cached_property
     def _sizes(self) -> np.ndarray:
-        """Height and width of every image, int64 [num_samples, 2]; reads all of them."""
+        """Height and width of every image, int64 [num_samples, 2], from the files' headers."""
+        starts = range(0, self.num_samples, _NUM_TOGETHER)
         with ThreadPoolExecutor(4) as pool:
-            shapes = pool.map(lambda index: self.read(index).shape[:2], range(self.num_samples))
-            return np.array(list(shapes))
+            return np.concatenate(list(pool.map(self._read_sizes, starts)))
+
+    def _read_sizes(self, start: int) -> np.ndarray:
+        from data_ffcv.sources import read_size
+
+        sizes = []
+        for number in range(start, min(start + _NUM_TOGETHER, self.num_samples)):
+            with self._naming(number):
+                sizes.append(read_size(self._source.name(number)))
+        return np.array(sizes)
 
     @property
     def min_height(self) -> int:
-        """Smallest image height, in pixels; the first question reads all images."""
+        """Smallest image height, in pixels; the first question opens all files."""
         return int(self._sizes[:, 0].min())
 
     @property
@@ -84,6 +104,10 @@ class FolderInfo:
 ImagesInfo = BetonInfo | FolderInfo
 
 
+# What is in use now: streams of one unchanged file share its tables, those of a folder its list.
+_in_use: WeakValueDictionary[tuple, ImagesInfo] = WeakValueDictionary()
+
+
 def inspect_images(path: str | Path) -> ImagesInfo:
     """Checks a ``.beton`` file, or lists a folder of class folders, and describes it.
 
@@ -91,4 +115,11 @@ def inspect_images(path: str | Path) -> ImagesInfo:
         DataError: it is missing, damaged or of another kind.
     """
     path = Path(path)
-    return FolderInfo(path) if path.is_dir() else inspect_beton(path)
+    files = (path, side_path(path))
+    versions = (file_version(file.stat()) if file.is_file() else None for file in files)
+    key = (path.absolute(), *versions)
+    info = _in_use.get(key)
+    if info is None:
+        info = FolderInfo(path) if path.is_dir() else inspect_beton(path)
+        _in_use[key] = info
+    return info

@@ -2,7 +2,7 @@
 
 A stream's batches are a pure function of (file, indices, seed, name, batch number): neither the
 backend, nor the number of workers, nor the number of ranks, nor a resume changes a pixel or the
-order.
+order. The device changes the noise of random erasing alone.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from data_ffcv.folder import ImagesInfo
 from data_ffcv.splits import check_rank, shard_indices
 
 if TYPE_CHECKING:
-    from data_ffcv._batches import BatchPlan
+    from data_ffcv._batches import BatchPlan, PlannedBatches
 
 
 class Stream:
@@ -48,7 +48,7 @@ class Stream:
         self._pipeline = pipeline
         self._batches = pipeline.start(plan)
         # Runs once: on close(), when the stream is collected, or at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, self._batches.stop)
+        self._finalizer = weakref.finalize(self, _stop, pipeline, self._batches)
 
     def __iter__(self) -> "Stream":
         return self
@@ -58,9 +58,9 @@ class Stream:
         if not self._finalizer.alive:
             raise DataError("this stream is closed; open a new one")
         self._pipeline.wait()
-        batch = self._pipeline.finish(next(self._batches), self.batches_drawn)
+        batch = next(self._batches)
         self.batches_drawn += 1
-        return batch
+        return self._pipeline.finish(batch)
 
     def close(self) -> None:
         """Stops and joins the loading threads; a second call does nothing."""
@@ -97,11 +97,16 @@ class EvalLoader:
         starts = range(0, len(self.indices), size)
         batches = self._pipeline.start((0, self.indices[start : start + size]) for start in starts)
         try:
-            for number, batch in enumerate(batches):
-                yield self._pipeline.finish(batch, number)
+            for batch in batches:
+                yield self._pipeline.finish(batch)
                 self._pipeline.wait()
         finally:
-            batches.stop()
+            _stop(self._pipeline, batches)
+
+
+def _stop(pipeline: Pipeline, batches: "PlannedBatches") -> None:
+    pipeline.wait()  # copies read the buffers that end with the batches
+    batches.stop()
 
 
 def open_stream(
@@ -154,7 +159,6 @@ def open_stream(
         augmentation,
         batch_size=batch_size,
         seed=stream_seed,
-        rank=rank,
         mean=mean,
         std=std,
         num_workers=num_workers,
@@ -201,7 +205,6 @@ def open_eval_loader(
         augmentation,
         batch_size=batch_size,
         seed=0,
-        rank=rank,
         mean=mean,
         std=std,
         num_workers=num_workers,
@@ -230,9 +233,11 @@ def _plan_epochs(
 def _check_indices(info: ImagesInfo, indices: np.ndarray | None) -> np.ndarray:
     if indices is None:
         return np.arange(info.num_samples)
-    samples = np.asarray(indices, dtype=np.int64)
-    if samples.ndim != 1 or (
-        samples.size and not 0 <= samples.min() <= samples.max() < info.num_samples
-    ):
-        raise DataError(f"indices of {info.path} must be a list within [0, {info.num_samples})")
+    samples = np.asarray(indices)
+    is_list = samples.ndim == 1 and (samples.dtype.kind in "iu" or not samples.size)
+    samples = samples.astype(np.int64)
+    if not is_list or (samples.size and not 0 <= samples.min() <= samples.max() < info.num_samples):
+        raise DataError(
+            f"indices of {info.path} must be a list of integers within [0, {info.num_samples})"
+        )
     return samples

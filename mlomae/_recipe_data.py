@@ -40,6 +40,8 @@ class AugmentationRecipe(Section):
     """Mirror left to right with probability one half."""
     interpolation: Literal["bicubic", "area"] = "bicubic"
     """Resizing kernel; bicubic is antialiased, area is faster."""
+    resize: Annotated[int, Field(ge=1)] | None = None
+    """Length that the shorter side gets before center_crop cuts; null keeps the size."""
     auto_augment: str = ""
     """RandAugment in timm's words, rand-m9-mstd0.5-inc1; "" is off."""
     color_jitter: _Jitter | None = None

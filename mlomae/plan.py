@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from data_ffcv import Augmentation, choose_backend, inspect_images, split_by_class
+from data_ffcv import Augmentation, ImagesInfo, choose_backend, inspect_images, split_by_class
 from mlomae import checkpoint
 from mlomae._ranks import launched_rank, launched_world_size
 from mlomae.deepspeed_config import check_deepspeed_config, compute_dtype, load_deepspeed_config
@@ -29,6 +29,7 @@ class Plan:
         indices: samples of each level's stream; None for all.
         num_images: images of the pretrain stream.
         augmentations: of each level's stream.
+        info: of the training images; while the plan lives, streams share it.
     """
 
     recipe: Recipe
@@ -39,6 +40,7 @@ class Plan:
     indices: dict[str, np.ndarray | None]
     num_images: int
     augmentations: dict[str, Augmentation]
+    info: ImagesInfo
 
 
 def make_plan(recipe_path: str, config_path: str, resume: bool, overrides: Sequence[str]) -> Plan:
@@ -84,7 +86,7 @@ def make_plan(recipe_path: str, config_path: str, resume: bool, overrides: Seque
     _check_model(recipe, config, resume)
     _check_output_dir(recipe, resume)
     return Plan(
-        recipe, config, recipe_path, config_path, resume, indices, num_images, augmentations
+        recipe, config, recipe_path, config_path, resume, indices, num_images, augmentations, info
     )
 
 

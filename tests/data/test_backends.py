@@ -5,8 +5,13 @@ import importlib.util
 import itertools
 import logging
 import os
+import random
 import shutil
+import sys
 import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,8 @@ import pytest
 import torch
 
 from data_ffcv import Augmentation, DataError, _pipeline, inspect_images, open_eval_loader
+from data_ffcv._images import BetonImages
+from data_ffcv.beton import BetonInfo
 from data_ffcv.convert import convert
 from tests.data.conftest import UNIT
 from tests.data.streams import (
@@ -116,6 +123,20 @@ def test_corrupt_jpeg_raises_in_the_consumer(image_folder: Path, tmp_path: Path,
                 next(batches)
 
 
+def test_a_jpeg_that_claims_to_be_huge_takes_no_memory(image_folder: Path, tmp_path: Path):
+    info = convert("imagefolder", image_folder, tmp_path / "j.beton", write_mode="jpg")
+    content = bytearray(info.path.read_bytes())
+    first = content.index(b"\xff\xc0", int(info.samples.pointers[0]))
+    content[first + 5 : first + 9] = (40000).to_bytes(2, "big") * 2  # height and width
+    info.path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"sample 0 is corrupt \(it has another size"):
+        list(eval_loader(info.path, augmentation=CROP, batch_size=8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
+
+
 @pytest.mark.parametrize("backend", ["threads", pytest.param("ffcv", marks=needs_ffcv)])
 def test_a_file_replaced_by_renaming_goes_on(
     grey_beton: Path, idx_folder: Path, tmp_path: Path, backend: str
@@ -131,6 +152,28 @@ def test_a_file_replaced_by_renaming_goes_on(
         os.replace(other.path, path)
         assert_same([first, *(next(batches) for _ in range(7))], expected)
     assert_same(list(loader), whole)
+    path.unlink()
+    assert_same(list(loader), whole)
+
+
+def test_a_file_replaced_while_it_is_opened_is_read_as_one(
+    grey_beton: Path, idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The tables of one file on the pixels of another would read anywhere."""
+    other = convert("fashion-mnist", idx_folder, tmp_path / "new.beton", part="test")
+    path = tmp_path / "live.beton"
+    path.write_bytes(grey_beton.read_bytes())
+    open_images = _pipeline.open_images
+
+    def replace_first(info: BetonInfo) -> BetonImages:
+        if other.path.exists():
+            os.replace(other.path, path)
+        return open_images(info)
+
+    monkeypatch.setattr(_pipeline, "open_images", replace_first)
+    loader = eval_loader(path)
+    assert loader.info.num_samples == 20
+    assert sum(len(labels) for _, labels in loader) == 20
 
 
 def test_without_ffcv_threads_take_over_with_one_notice(
@@ -138,16 +181,38 @@ def test_without_ffcv_threads_take_over_with_one_notice(
 ):
     expected = draw(grey_beton, 2, backend="threads")
     monkeypatch.setattr(_pipeline.importlib.util, "find_spec", lambda name: None)
-    _pipeline._tell_missing_ffcv.cache_clear()
+    _pipeline._why_no_ffcv.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert_same(draw(grey_beton, 2), expected)
         with stream(grey_beton) as batches:
             assert batches.backend == "threads"
     assert [record.message for record in caplog.records] == [
-        "FFCV is not installed: .beton files are read by threads, batches are the same"
+        "FFCV cannot be used (it is not installed): .beton files are read by threads, batches are "
+        "the same"
     ]
     with pytest.raises(DataError, match="pip install ffcv"):
         stream(grey_beton, backend="ffcv")
+    monkeypatch.undo()
+    _pipeline._why_no_ffcv.cache_clear()
+
+
+def test_an_ffcv_that_cannot_be_imported_is_as_none(
+    grey_beton: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Such as one whose OpenCV has been removed from the system."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "data_ffcv._ffcv", raising=False)
+    (tmp := grey_beton.parent / "broken" / "ffcv").mkdir(parents=True)
+    (tmp / "__init__.py").write_text("raise ImportError('libopencv_core.so.406: no such file')")
+    monkeypatch.syspath_prepend(str(tmp.parent))
+    _pipeline._why_no_ffcv.cache_clear()
+    with stream(grey_beton) as batches:
+        assert batches.backend == "threads"
+    with pytest.raises(DataError, match=r"cannot be used \(libopencv_core"):
+        stream(grey_beton, backend="ffcv")
+    monkeypatch.undo()
+    _pipeline._why_no_ffcv.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -187,11 +252,40 @@ def test_streams_of_a_file_share_its_tables_until_it_changes(grey_beton: Path, t
         eval_loader(path)
 
 
+def test_a_stream_may_be_collected_by_its_own_threads(grey_beton: Path):
+    """Garbage collection runs in whichever thread allocates; none may wait for itself."""
+    for backend in ("threads", "auto"):
+        before = threading.active_count()
+        batches = stream(grey_beton, backend=backend)
+        next(batches)
+        loading = batches._batches
+        loading._decoder._pool.submit(loading.stop).result(timeout=10)
+        loading.join(timeout=10)
+        assert not loading.is_alive()
+        del batches
+        gc.collect()
+        assert threading.active_count() <= before
+
+
+def test_closing_wakes_a_consumer_in_another_thread(grey_beton: Path):
+    batches = stream(grey_beton, backend="threads")
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(lambda: sum(1 for _ in batches))
+        while batches.batches_drawn < 3:
+            pass
+        batches.close()
+        with suppress(DataError):  # "closed", if it came back for another batch
+            assert job.result(timeout=10) >= 3
+
+
 def test_memory_of_dropped_batches_is_used_again(grey_beton: Path):
     """Fresh memory would cost as much time as decoding into it."""
     with stream(grey_beton, WHOLE, backend="threads") as batches:
         places = [next(batches)[0].data_ptr() for _ in range(40)]
-    assert len(set(places)) <= 5
+        assert len(set(places)) <= 5
+        kept = [next(batches) for _ in range(8)]  # more than are used again
+        places = [next(batches)[0].data_ptr() for _ in range(40)]
+        assert len(set(places)) <= 5 and len(kept) == 8
 
 
 def test_index_lists_split_one_file_into_disjoint_parts(grey_beton: Path):
@@ -211,10 +305,13 @@ def test_no_loader_moves_the_random_state_of_training(grey_beton: Path):
         color_jitter=(0.4, 0.4, 0.2, 0.1),
         random_erasing_prob=0.5,
     )
-    state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+
+    def states() -> tuple[list[int], str, object]:
+        return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()
+
+    before = states()
     draw(grey_beton, 3, augmentation)
-    assert torch.equal(torch.random.get_rng_state(), state[0])
-    assert np.array_equal(np.random.get_state()[1], state[1])
+    assert states() == before
 
 
 @pytest.mark.gpu

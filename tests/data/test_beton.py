@@ -93,6 +93,15 @@ def test_what_is_wrong_with_the_file_is_said(
         inspect_beton(path)
 
 
+def test_a_damaged_label_does_not_name_billions_of_classes(grey_beton: Path, tmp_path: Path):
+    content = bytearray(grey_beton.read_bytes())
+    split_parts(content, LABELLED, 1)["row"]["label"][7] = 1 << 33
+    path = tmp_path / "damaged.beton"  # without a side file, which would name the classes
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="label 8589934592"):
+        inspect_beton(path)
+
+
 @pytest.mark.parametrize(
     ("part", "field", "value", "words"),
     [

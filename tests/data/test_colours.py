@@ -89,15 +89,18 @@ def test_seed_view_epoch_and_sample_each_count(other: tuple[int, int, int, int])
 
 
 def test_global_generators_do_not_move():
-    def states() -> tuple[object, bytes, bytes]:
-        keys = np.random.get_state()[1]
-        return random.getstate(), keys.tobytes(), torch.get_rng_state().numpy().tobytes()
+    def states() -> tuple[object, str, bytes]:
+        return (
+            random.getstate(),
+            repr(np.random.get_state()),
+            torch.get_rng_state().numpy().tobytes(),
+        )
 
     before = states()
     pixels = random_pixels(8, 8)
     for sample in range(40):
         changed(pixels, settings(auto_augment="rand-m9-mstd0.5", **BYOL), 0, 0, 0, sample)
-    erase(torch.zeros(8, 3, 32, 32), settings(random_erasing_prob=1.0), 5)
+    erase(torch.zeros(8, 3, 32, 32), settings(random_erasing_prob=1.0), range(8))
     assert states() == before
 
 
@@ -336,12 +339,13 @@ def test_erasing_equals_timm():
 
     images = torch.randn(16, 3, 24, 32, generator=torch.Generator().manual_seed(0))
     ours, expected = images.clone(), images.clone()
-    erase(ours, settings(random_erasing_prob=0.5), 11)
+    erase(ours, settings(random_erasing_prob=0.5), range(11, 27))
     state = random.getstate()
-    random.seed(11)
     with torch.random.fork_rng([]):
-        torch.manual_seed(11)
-        RandomErasing(0.5, mode="pixel", device="cpu")(expected)
+        for key, image in enumerate(expected, 11):
+            random.seed(key)
+            torch.manual_seed(key)
+            RandomErasing(0.5, mode="pixel", device="cpu")(image)
     random.setstate(state)
     assert torch.equal(ours, expected)
     touched = (ours != images).flatten(1).any(dim=1)
@@ -351,13 +355,15 @@ def test_erasing_equals_timm():
 def test_erasing_depends_on_the_key():
     augmentation = settings(random_erasing_prob=1.0)
     first, other = torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 32, 32)
-    erase(first, augmentation, 2**64 - 1)
+    keys = [2**64 - 1, 5, 0, 7]
+    erase(first, augmentation, keys)
     torch.rand(3)
-    erase(other, augmentation, 2**64 - 1)
+    erase(other[2:], augmentation, keys[2:])
+    erase(other[:2], augmentation, keys[:2])
     assert torch.equal(first, other)
     other.zero_()
-    erase(other, augmentation, 0)
-    assert not torch.equal(first, other)
+    erase(other, augmentation, [1, 5, 1, 7])
+    assert [torch.equal(a, b) for a, b in zip(first, other, strict=True)] == [False, True] * 2
 
 
 @pytest.mark.gpu
@@ -365,9 +371,9 @@ def test_erasing_on_the_gpu_leaves_its_generator():
     augmentation = settings(random_erasing_prob=1.0)
     first, other = torch.zeros(2, 4, 3, 32, 32, device="cuda")
     before = torch.cuda.get_rng_state(), torch.get_rng_state()
-    erase(first, augmentation, 3)
+    erase(first, augmentation, range(4))
     after = torch.cuda.get_rng_state(), torch.get_rng_state()
     assert all(map(torch.equal, before, after))
     torch.rand(3, device="cuda")
-    erase(other, augmentation, 3)
+    erase(other, augmentation, range(4))
     assert torch.equal(first, other) and (first != 0).any()

@@ -219,7 +219,7 @@ def test_draws_differ_between_seeds(augment):
 
 def test_disk_cache_notices_a_change_of_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """numba looks at the entry point's own file only; here a function of another one changes."""
-    from data_ffcv._kernels import _compile_cached
+    from data_ffcv._kernels import compile_cached
 
     entry, helper = tmp_path / "entry_file.py", tmp_path / "helper_file.py"
     entry.write_text(
@@ -240,7 +240,7 @@ def test_disk_cache_notices_a_change_of_any_file(tmp_path: Path, monkeypatch: py
         helper.write_text(f"import numba\n@numba.njit\ndef number(): return {number}\n")
         importlib.invalidate_caches()
         make = importlib.import_module("entry_file").make
-        run = _compile_cached(make, str(entry), str(helper))
+        run = compile_cached(make, str(entry), str(helper))
         return run(), sum(run.stats.cache_misses.values())
 
     assert [call(1), call(1), call(2), call(2), call(1)] == [(1, 1), (1, 0), (2, 1), (2, 0), (1, 0)]
