@@ -172,5 +172,5 @@ class FfcvBatches(PlannedBatches, EpochIterator):
         slot = number % (self.loader.batches_ahead + 2)
         return self.run_pipeline(number, indices, slot, None)[0]
 
-    def close(self) -> None:
-        EpochIterator.close(self)
+    # An attribute: `__del__` may ask for it when the interpreter has forgotten the module's names.
+    close = EpochIterator.close

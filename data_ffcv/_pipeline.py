@@ -50,6 +50,8 @@ class Pipeline:
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise DataError(f"mean and std need three channels, std > 0; got {mean} and {std}")
         self.views = (augmentation,) if isinstance(augmentation, Augmentation) else (*augmentation,)
+        if not self.views:
+            raise DataError("augmentation must be one, or one for each view; got none")
         self.backend = choose_backend(backend, Path(path))
         self.info, self._images = _open_unchanged(Path(path))
         self.batch_size = batch_size

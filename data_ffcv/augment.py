@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,12 +85,19 @@ class Augmentation:
             f"image_size must be positive, one number or (height, width), got {self.image_size}",
         )
         largest = math.inf if self.kind == "random_scale_crop" else 1
-        for name, bound in (("scale", largest), ("ratio", math.inf)):
-            low, high = getattr(self, name)
+        for name, bound in (
+            ("scale", largest),
+            ("ratio", math.inf),
+            ("gaussian_blur_sigma", math.inf),
+        ):
+            value = getattr(self, name)
             _require(
-                0 < low <= high <= bound,
-                f"{name} must satisfy 0 < low <= high <= {bound}, got {getattr(self, name)}",
+                isinstance(value, Sequence)
+                and len(value) == 2
+                and 0 < value[0] <= value[1] <= bound,
+                f"{name} must be two numbers with 0 < low <= high <= {bound}, got {value}",
             )
+        _require(isinstance(self.flip, bool), f"flip must be True or False, got {self.flip!r}")
         _require(self.padding >= 0, f"padding must not be negative, got {self.padding}")
         self._check_resize()
         self._check_colours()
@@ -130,11 +138,6 @@ class Augmentation:
             jitter is None or (len(jitter) == 4 and min(jitter) >= 0 and jitter[3] <= 0.5),
             "color_jitter must be four numbers (brightness, contrast, saturation, hue), none "
             f"negative and hue at most 0.5, got {jitter}",
-        )
-        low, high = self.gaussian_blur_sigma
-        _require(
-            0 < low <= high,
-            f"gaussian_blur_sigma must satisfy 0 < low <= high, got {self.gaussian_blur_sigma}",
         )
 
     @property

@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
+from mlomae.errors import UserError
+
 LAUNCHER_GRACE = 4.0  # seconds in which DeepSpeed's launcher surely notices that a rank has ended
 
 
@@ -26,10 +28,14 @@ def report(error: Exception) -> None:
 
 
 def start_ranks() -> None:
-    """Join the process group, over NCCL where there are GPUs, else over gloo."""
+    """Join the process group, over NCCL where there are GPUs, else over gloo.
+
+    Raises:
+        UserError: no launcher has started this process.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_rank())
-        deepspeed.init_distributed("nccl")
+        _join("nccl")
         return
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -37,7 +43,19 @@ def start_ranks() -> None:
     # Compiled at the first start, of use to inference alone, and every rank leaves 66 MB of it in
     # /dev/shm for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    _join("gloo")
+
+
+def _join(backend: str) -> None:
+    try:
+        deepspeed.init_distributed(backend)
+    except ModuleNotFoundError as error:
+        if error.name != "mpi4py":
+            raise
+        # Without a launcher's variables DeepSpeed asks MPI.
+        raise UserError(
+            "no launcher has started this: run `deepspeed launch/pretrain.py ...`, or use torchrun"
+        ) from None
 
 
 def set_up_logging() -> None:

@@ -19,6 +19,8 @@ GOOD: dict[str, Any] = {"kind": "random_resized_crop", "image_size": 32}
         ("image_size", (32, 32, 3)),
         ("scale", (0.0, 1.0)),
         ("scale", (0.5, 0.2)),
+        ("scale", 3),
+        ("flip", "yes"),
         ("ratio", (2.0, 1.0)),
         ("padding", -1),
         ("interpolation", "nearest"),

@@ -204,6 +204,7 @@ def test_forgotten_stream_is_stopped_when_collected_or_at_exit(grey_beton: Path)
         ({"batch_size": 204}, "204; lower batch_size"),
         ({"batch_size": 102, "world_size": 2}, "lower batch_size"),
         ({"batch_size": 0}, "batch_size"),
+        ({"augmentation": ()}, "augmentation"),
         ({"indices": np.array([NUM_GREY])}, "indices"),
         ({"indices": np.arange(NUM_GREY) > 50}, "list of integers"),
         ({"indices": np.array([1.5])}, "list of integers"),
