@@ -3,7 +3,8 @@
 import fcntl
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -19,10 +20,40 @@ def report_path(path: Path) -> Path:
     return path.with_name(path.name + ".report.txt")
 
 
+def check_outs(outs: list[Path], overwrite: bool) -> None:
+    """Raises DataError unless files can come to stand there, with what stands beside them."""
+    for out in outs:
+        if out.suffix != ".beton":
+            raise DataError(f"{out} must end in .beton; give it such a name")
+        for path in (out, side_path(out), report_path(out)):
+            if path.is_dir():
+                raise DataError(f"{path} is a folder; give another name")
+        if os.path.lexists(out) and not overwrite:
+            raise DataError(f"{out} exists; pass --overwrite or another name")
+        parent = next(folder for folder in out.parents if os.path.lexists(folder))
+        if not parent.is_dir():
+            raise DataError(f"{parent} is not a folder; give another place for {out.name}")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise DataError(f"{parent} cannot be written to; allow that or give another folder")
+
+
+@contextmanager
+def explain_errors(out: Path) -> Iterator[None]:
+    """Turns what the file system says while `out` is written into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written ({error.strerror or error}); free room on that disk, allow "
+            "writing, or give another folder"
+        ) from error
+
+
 class Staging:
     """A ``.beton``, its side file and its report under temporary names, until `publish`.
 
     The temporary file is locked while its process lives; what dead processes left is removed.
+    Folders that are missing are made.
 
     Attributes:
         out: The final name.
@@ -37,16 +68,17 @@ class Staging:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        self._created: list[Path] = []
+        out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(".*.tmp"):
-            if stale.name.startswith(f".{out.name}.") and _is_abandoned(stale):
-                _unlink(stale)
+            if stale.name.startswith(f".{out.name}."):
+                _unlink_abandoned(stale)
         try:
-            self.file: BinaryIO = self.path.open("x+b", buffering=_BUFFER_BYTES)
+            self.file: BinaryIO = _create_locked(self.path)
         except FileExistsError:
             raise DataError(
                 f"{out} is being written by another conversion; wait for it to end"
             ) from None
-        _lock(self.file)
 
     def __enter__(self) -> "Staging":
         return self
@@ -57,10 +89,13 @@ class Staging:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Removes whatever was not published."""
+        """Removes whatever was not published, and after an error what was, if it was new."""
         with suppress(OSError):  # a full disk again, but what is published was synced before
             self.file.close()
         _unlink(self.path)
+        if error is not None:
+            for path in self._created:
+                path.unlink(missing_ok=True)
 
     def write_side_file(self, content: dict[str, Any]) -> None:
         """Writes the JSON file that is to stand beside the ``.beton``."""
@@ -71,33 +106,64 @@ class Staging:
         if lines:
             _write_text(report_path(self.path), "\n".join(lines) + "\n")
 
-    def publish(self) -> None:
-        """Gives the finished files their names, which replaces older ones."""
-        for path in (side_path, report_path):
-            path(self.out).unlink(missing_ok=True)  # would contradict the new data
-        names = [side_path, lambda path: path]
-        if self.out.exists():
-            names.reverse()  # or the new side file would for a moment describe the old data
+    def publish(self, overwrite: bool) -> None:
+        """Gives the finished files their names, the data first.
+
+        Raises:
+            DataError: `out` has come to exist, and is not to be overwritten.
+            OSError: a file cannot be renamed.
+        """
+        is_new = not os.path.lexists(self.out)
+        if overwrite:
+            os.replace(self.path, self.out)
+        else:
+            _link(self.path, self.out)
+        if is_new:
+            self._created = [self.out, side_path(self.out), report_path(self.out)]
+        os.replace(side_path(self.path), side_path(self.out))
         if report_path(self.path).exists():
-            names.insert(0, report_path)
-        for name in names:
-            os.replace(name(self.path), name(self.out))
+            os.replace(report_path(self.path), report_path(self.out))
+        else:
+            report_path(self.out).unlink(missing_ok=True)  # that of older data
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Takes the lock that goes with the process; False if somebody else has it."""
+def _link(path: Path, out: Path) -> None:
+    """Gives a file a second name, which must be a new one, even if it appears just now."""
     try:
+        os.link(path, out)
+    except OSError:  # on some file systems a file has one name
+        if not os.path.lexists(out):
+            os.replace(path, out)
+            return
+        raise DataError(
+            f"{out} was written by somebody else meanwhile; pass --overwrite or another name"
+        ) from None
+
+
+def _create_locked(path: Path) -> BinaryIO:
+    """Creates a file with the lock that goes with the process."""
+    while True:
+        file = path.open("x+b", buffering=_BUFFER_BYTES)
+        with suppress(OSError):  # a file system without locks: then nobody finds it abandoned
+            # Waits for one who has found the file before it was locked, and is removing it.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, path):
+            return file
+        file.close()
+
+
+def _unlink_abandoned(path: Path) -> None:
+    """Removes a temporary file, and what belongs to it, if its process is dead."""
+    with suppress(OSError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # also where a file system knows no locks
-        return False
-    return True
+        if _is_at(file, path):  # or another has removed it, and a third one created it again
+            _unlink(path)
 
 
-def _is_abandoned(path: Path) -> bool:
+def _is_at(file: BinaryIO, path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            return _lock(file)
-    except OSError:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
         return False
 
 
@@ -107,7 +173,8 @@ def _unlink(path: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    # File names need not be UTF-8.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_ffcv._choice import choose_samples
 from data_ffcv._encoding import WRITE_MODES, Encoding, WriteMode, require
 from data_ffcv._format import compute_checksums, read_layout
-from data_ffcv._staging import Staging, report_path
+from data_ffcv._staging import Staging, check_outs, explain_errors, report_path
 from data_ffcv._writer import Written, write_beton
 from data_ffcv.beton import BetonInfo, inspect_beton, side_path
 from data_ffcv.errors import DataError
@@ -96,23 +96,23 @@ def convert(
         write_mode, jpeg_quality, compress_probability, shortest_side, longest_side, seed
     )
     _check_settings(num_workers, subset, split, on_error)
-    outs = [Path(out)] if split is None else [Path(out), held_out_path(out)]
-    _check_outs(outs, overwrite)
+    outs = _list_outs(out, split)
+    check_outs(outs, overwrite)
+    samples = open_source(
+        format,
+        source,
+        part=part,
+        labels=labels,
+        classes=classes,
+        ignore_index=ignore_index,
+        download=download,
+    )
+    parts = choose_samples(samples.labels, len(samples), subset, split, seed)
     with ExitStack() as stack:
         stagings = [stack.enter_context(_stage(path)) for path in outs]
-        samples = open_source(
-            format,
-            source,
-            part=part,
-            labels=labels,
-            classes=classes,
-            ignore_index=ignore_index,
-            download=download,
-        )
-        parts = choose_samples(samples.labels, len(samples), subset, split, seed)
         on_sample = _count(sum(map(len, parts)), on_progress)
         for number, (staging, indices) in enumerate(zip(stagings, parts, strict=True)):
-            with _explain(staging.out):
+            with explain_errors(staging.out):
                 written = write_beton(
                     staging.file,
                     samples,
@@ -128,8 +128,8 @@ def convert(
                 _describe(staging, about, encoding, written)
         infos = [inspect_beton(staging.path) for staging in stagings]
         for staging in reversed(stagings):
-            with _explain(staging.out):
-                staging.publish()
+            with explain_errors(staging.out):
+                staging.publish(overwrite)
     return dataclasses.replace(infos[0], path=outs[0])
 
 
@@ -150,28 +150,9 @@ def _check_settings(
     require(on_error in ("stop", "skip"), f"on_error must be stop or skip, got {on_error!r}")
 
 
-def _check_outs(outs: list[Path], overwrite: bool) -> None:
-    for out in outs:
-        require(out.suffix == ".beton", f"{out} must end in .beton; give it such a name")
-        require(overwrite or not out.exists(), f"{out} exists; pass --overwrite or another name")
-        require(out.parent.is_dir(), f"{out.parent} is not a folder; create it")
-
-
 def _stage(out: Path) -> Staging:
-    with _explain(out):
+    with explain_errors(out):
         return Staging(out)
-
-
-@contextmanager
-def _explain(out: Path) -> Iterator[None]:
-    """Turns what the file system says while `out` is written into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{out} cannot be written ({error.strerror or error}); free room on that disk, allow "
-            "writing, or give another folder"
-        ) from error
 
 
 def _count(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
@@ -249,20 +230,32 @@ def _number(text: str) -> int | float:
 def main() -> int:
     """Runs the command; returns its exit code."""
     args = _parse_args()
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)  # paths stay as is
+    outs = _list_outs(args.out, args.split)
+    before = {out: _identify(out) for out in outs}
     start = time.perf_counter()
     try:
         with _progress_bar(console) as on_progress:
             convert(**vars(args), on_progress=on_progress)
+        _print_summary(console, outs, time.perf_counter() - start)
     except DataError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("error: stopped; no file was written\n")
+        done = ", ".join(str(out) for out in outs if _identify(out) != before[out])
+        left = f"written completely: {done}" if done else "no file was written"
+        sys.stderr.write(f"error: stopped; {left}\n")
         return 130
-    outs = [Path(args.out)] if args.split is None else [Path(args.out), held_out_path(args.out)]
-    _print_summary(console, outs, time.perf_counter() - start)
     return 0
+
+
+def _list_outs(out: str | Path, split: float | None) -> list[Path]:
+    return [Path(out)] if split is None else [Path(out), held_out_path(out)]
+
+
+def _identify(path: Path) -> int | None:
+    """Returns what changes when another file gets this name."""
+    return path.stat().st_ino if os.path.exists(path) else None
 
 
 @contextmanager
@@ -290,7 +283,7 @@ def _print_summary(console: Console, outs: list[Path], seconds: float) -> None:
         )
         if report_path(out).exists():
             text += f", {side['num_skipped']} skipped, see {report_path(out)}"
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
@@ -104,11 +103,11 @@ def _list_classes(classes: tuple[str, ...], counts: np.ndarray, values: list[str
 
 
 def _print_table(console: Console, info: BetonInfo) -> None:
-    table = Table(title=escape(str(info.path)), show_header=False)
+    table = Table(title=str(info.path), show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in describe(info):
-        table.add_row(escape(name), escape(value))
+        table.add_row(name, value)
     console.print(table)
 
 
@@ -128,7 +127,7 @@ def _print_findings(console: Console, path: Path) -> bool:
     verdict = "damaged" if findings else "sound"
     lines = [*map(str, findings), *([gaps] if gaps else []), f"{path}: {verdict}"]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return not findings
 
 
@@ -145,7 +144,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     _print_table(console, info)
     if args.sheet:
         chosen = write_sheet(info, out, args.num_images, args.seed)
-        console.print(f"{out}: {len(chosen)} images", highlight=False, soft_wrap=True)
+        console.print(f"{out}: {len(chosen)} images", soft_wrap=True)
     return 0
 
 
@@ -166,8 +165,10 @@ def _parse_args() -> argparse.Namespace:
 def main() -> int:
     """Runs the command; returns its exit code, 1 for a damaged file and 2 after an error."""
     args = _parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
-        return _run(args, Console())
+        # Nothing in a path is markup.
+        return _run(args, Console(markup=False, emoji=False, highlight=False))
     except DataError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

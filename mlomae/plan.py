@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class Plan:
     resume: bool
     indices: dict[str, np.ndarray | None]
     num_images: int
-    augmentations: dict[str, Augmentation]
-    info: ImagesInfo
+    augmentations: dict[str, Augmentation] = field(default_factory=dict)
+    info: ImagesInfo | None = None
 
 
 def make_plan(recipe_path: str, config_path: str, resume: bool, overrides: Sequence[str]) -> Plan:

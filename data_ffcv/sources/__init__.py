@@ -13,7 +13,7 @@ from data_ffcv.sources._base import IMAGE_SUFFIXES, Sample, Source
 from data_ffcv.sources._cifar import open_cifar
 from data_ffcv.sources._folder import FolderSource, open_image_folder
 from data_ffcv.sources._huggingface import open_hugging_face
-from data_ffcv.sources._image import read_image
+from data_ffcv.sources._image import read_image, read_size
 from data_ffcv.sources._segmentation import open_segmentation
 from data_ffcv.sources._tars import open_tars
 
@@ -26,6 +26,7 @@ __all__ = [
     "Source",
     "open_source",
     "read_image",
+    "read_size",
 ]
 
 _SETTINGS = {  # format: the settings that it knows
@@ -93,4 +94,10 @@ def open_source(
         settings["part"] = part
     if format.startswith("cifar"):
         settings["num_classes"] = int(format.removeprefix("cifar"))
-    return _OPENERS[format](Path(path), **settings)
+    try:
+        return _OPENERS[format](Path(path), **settings)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}); allow reading, "
+            "or mend or remove it"
+        ) from error

@@ -158,6 +158,16 @@ def find_twice(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in seen or seen.add(name)]
 
 
+def printable(name: str) -> str:
+    """Returns a file's name with escapes for the bytes that are not UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an error says, without the details that some add on further lines."""
+    return next(iter(str(error).splitlines()), "").rstrip(" :") or type(error).__name__
+
+
 def shorten(names: Sequence[str]) -> str:
     """Returns the first few names and how many more there are."""
     more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_ffcv.errors import DataError
 from data_ffcv.sources._arrays import ArraySource, check_part
+from data_ffcv.sources._base import first_line
 from data_ffcv.sources._download import fetch
 
 
@@ -38,7 +39,9 @@ def open_cifar(path: Path, part: str, num_classes: int, download: bool = False) 
         images = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32)
         labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is not a CIFAR archive ({error}); get it again") from error
+        raise DataError(
+            f"{path} is not a CIFAR archive ({first_line(error)}); get it again"
+        ) from error
     return ArraySource(path, classes, labels, np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
 
 
@@ -77,7 +80,9 @@ def _read_files(path: Path, names: list[str]) -> dict[str, bytes]:
     except KeyError as error:
         raise DataError(f"{path} does not hold {error.args[0]}; get it again") from error
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"{path} is not a complete archive ({error}); get it again") from error
+        raise DataError(
+            f"{path} is not a complete archive ({first_line(error)}); get it again"
+        ) from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -98,4 +103,6 @@ def _unpickle(path: Path, content: bytes, *keys: bytes) -> list[Any]:
         return [values[key] for key in keys]
     # Damaged bytes are instructions to the unpickler, which raises whatever these lead to.
     except Exception as error:
-        raise DataError(f"{path} is not a CIFAR file ({error}); get it again") from error
+        raise DataError(
+            f"{path} is not a CIFAR file ({first_line(error)}); get it again"
+        ) from error

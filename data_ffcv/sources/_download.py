@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from data_ffcv.errors import DataError
@@ -40,6 +41,8 @@ def fetch(collection: str, folder: Path) -> None:
     """
     from torch.hub import download_url_to_file
 
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give the one to download into")
     for name, (address, md5) in ARCHIVES[collection].items():
         if (folder / name).is_file():
             continue
@@ -55,4 +58,5 @@ def fetch(collection: str, folder: Path) -> None:
                 f"{address} cannot be fetched ({error}); copy {name} into {folder} by other means"
             ) from error
         finally:
-            arriving.unlink(missing_ok=True)
+            with suppress(OSError):
+                arriving.unlink()

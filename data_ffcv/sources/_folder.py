@@ -14,6 +14,7 @@ from data_ffcv.sources._base import (
     Sample,
     find_twice,
     number_labels,
+    printable,
     read_classes,
     read_text,
     shorten,
@@ -69,14 +70,15 @@ def open_image_folder(
         )
     if _PARTS.issuperset(folders):
         raise DataError(f"{root} holds parts ({', '.join(folders)}), not classes; give one of them")
-    unknown = sorted(set(folders) - set(names or folders))
+    called = [printable(folder) for folder in folders]
+    unknown = sorted(set(called) - set(names or called))
     if unknown:
         raise DataError(f"{root} holds folders that are no class of {classes}: {shorten(unknown)}")
-    names = names or tuple(folders)
+    names = names or tuple(called)
     numbers = {name: number for number, name in enumerate(names)}
     counts = []
     files = PackedNames(_list_classes(root, folders, counts))
-    label_of_folder = np.array([numbers[folder] for folder in folders], dtype=np.int64)
+    label_of_folder = np.array([numbers[name] for name in called], dtype=np.int64)
     return FolderSource(root, names, np.repeat(label_of_folder, counts), files)
 
 

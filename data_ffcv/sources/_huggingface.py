@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_ffcv.errors import DataError
-from data_ffcv.sources._base import Sample, call_by_number, read_classes
+from data_ffcv.sources._base import Sample, call_by_number, first_line, read_classes
 from data_ffcv.sources._image import read_image
 
 _KNOWN_PARTS = frozenset(("train", "test", "validation", "valid", "val", "dev"))
@@ -62,7 +62,9 @@ def open_hugging_face(path: Path, part: str, classes: Path | None = None) -> Hug
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path} cannot be opened by datasets ({error}); get it again") from error
+        raise DataError(
+            f"{path} cannot be opened by datasets ({first_line(error)}); get it again"
+        ) from error
     return _to_source(datasets, path, rows, classes)
 
 

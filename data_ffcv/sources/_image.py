@@ -37,6 +37,13 @@ def read_image(file: str | Path | bytes) -> tuple[Image.Image, tuple[str, ...]]:
         return _to_rgb(image, content)
 
 
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Returns the height and width that `read_image` would give, from the file's header alone."""
+    with Image.open(path, formats=_FORMATS) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
 @contextmanager
 def open_image(content: bytes) -> Iterator[Image.Image]:
     """Opens an image with Pillow; whatever goes wrong with it in the block is a DataError."""

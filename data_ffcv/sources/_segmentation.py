@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_ffcv._format import IGNORED
 from data_ffcv.errors import DataError
 from data_ffcv.sources._base import IMAGE_SUFFIXES, Sample, read_classes, shorten
 from data_ffcv.sources._image import open_image, read_image
 
-IGNORED = 255
 _EXACT = ("PNG", "BMP", "TIFF", "GIF")  # PGM is not: Pillow scales its values
 _SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of 2 and 4 bits over 0 to 255
 _NUM_THREADS = 8
