@@ -1,5 +1,6 @@
 """Files that appear under their name only when they are complete."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ from data_ffcv.beton import side_path
 from data_ffcv.errors import DataError
 
 _BUFFER_BYTES = 1 << 20
+_NUM_TRIES = 10  # each lost to somebody who was looking at that very moment
 
 
 def report_path(path: Path) -> Path:
@@ -142,7 +144,7 @@ def _link(path: Path, out: Path) -> None:
 
 def _create_locked(path: Path) -> BinaryIO:
     """Creates a file with the lock that goes with the process."""
-    while True:
+    for _ in range(_NUM_TRIES):
         file = path.open("x+b", buffering=_BUFFER_BYTES)
         with suppress(OSError):  # a file system without locks: then nobody finds it abandoned
             # Waits for one who has found the file before it was locked, and is removing it.
@@ -150,6 +152,7 @@ def _create_locked(path: Path) -> BinaryIO:
         if _is_at(file, path):
             return file
         file.close()
+    raise OSError(errno.ESTALE, "temporary files vanish from its folder")
 
 
 def _unlink_abandoned(path: Path) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,11 +25,21 @@ def run(folder: Path, *arguments: str) -> dict:
     return json.loads(result.read_text())
 
 
+SIZES = ("--num_small", "160", "--sizes", "32", "--batch_size", "8", "--seconds", "0.05")
+
+
+def test_streams_are_measured(tmp_path):
+    parts = ["--rounds", "1", "--parts", "throughput"]
+    found = run(tmp_path, *SIZES, "--libraries", "ours-threads", *parts)
+    assert {one["num_streams"] for one in found["throughput"]} == {1, 3}
+    assert all(len(one["rates"]) == 1 and min(one["rates"]) > 0 for one in found["throughput"])
+
+
+@pytest.mark.slow
 def test_contenders_take_turns(tmp_path):
-    sizes = ["--num_small", "160", "--sizes", "32", "--batch_size", "8", "--seconds", "0.05"]
     libraries = ["--libraries", "ours-threads", "dataloader"]
     parts = ["--rounds", "2", "--parts", "throughput", "conversion"]
-    found = run(tmp_path, *sizes, *libraries, *parts)
+    found = run(tmp_path, *SIZES, *libraries, *parts)
     names = {(one["library"], one["num_streams"]) for one in found["throughput"]}
     assert names == {(library, n) for library in libraries[1:] for n in (1, 3)}
     measured = found["throughput"] + found["conversion"]

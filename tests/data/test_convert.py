@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import os
 import pickle
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -15,8 +15,6 @@ from PIL import Image
 from data_ffcv import DataError, inspect_beton
 from data_ffcv.convert import convert, held_out_path, main
 from tests.data.conftest import NUM_GREY, smooth_image
-
-ROOT = Path(__file__).parents[2]
 
 
 def read_raw(path: Path) -> list[np.ndarray]:
@@ -184,6 +182,15 @@ def test_skipped_and_changed_images_are_reported(broken_folder: Path, tmp_path: 
     assert not Path(f"{out}.report.txt").exists()
 
 
+def test_names_that_are_no_text_are_reported(broken_folder: Path, tmp_path: Path):
+    out = tmp_path / "o.beton"
+    for file in ("b/7.png", "a/4.png"):
+        (broken_folder / file).rename(os.fsdecode(os.fsencode(broken_folder / file) + b"\xff.png"))
+    convert("imagefolder", broken_folder, out, on_error="skip")
+    skipped, changed = Path(f"{out}.report.txt").read_text(encoding="utf-8").splitlines()
+    assert r"/b/7.png\udcff.png" in skipped and r"/a/4.png\udcff.png" in changed
+
+
 def test_existing_output_is_refused_unless_overwritten(idx_folder: Path, tmp_path: Path):
     out = tmp_path / "out.beton"
     out.write_text("precious")
@@ -203,7 +210,7 @@ def test_existing_output_is_refused_unless_overwritten(idx_folder: Path, tmp_pat
     ("out", "settings", "words"),
     [
         ("o.bin", {}, r"o\.bin must end in \.beton"),
-        ("no/o.beton", {}, "no is not a folder"),
+        ("/dev/null/o.beton", {}, r"^/dev/null is not a folder; give another place"),
         ("o.beton", {"num_workers": 0}, "num_workers"),
         ("o.beton", {"subset": 0}, "subset"),
         ("o.beton", {"subset": 1.5}, "subset"),
@@ -253,15 +260,18 @@ def test_command_reports_bad_source_with_exit_code_2(
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
-def test_command_converts(broken_folder: Path, tmp_path: Path):
-    out = tmp_path / "t.beton"
+def test_command_converts(
+    broken_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    out = tmp_path / "[b]t:cat:.beton"  # neither markup nor a picture of a cat
     options = ("--on_error", "skip", "--split", "0.5", "--longest_side", "20")
-    command = [sys.executable, "-m", "data_ffcv.convert", "imagefolder", broken_folder, out]
-    result = subprocess.run(
-        [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    error = result.stderr
-    assert result.returncode == 0, error
+    command = ["convert", "imagefolder", str(broken_folder), str(out), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
+    error = capfd.readouterr().err
     assert f"{out}: 6 images, 2 classes, " in error or f"{out}: 5 images, 2 classes, " in error
     assert f"{held_out_path(out)}: " in error and "1 skipped, see " in error
     assert inspect_beton(out).max_height == 20

@@ -308,6 +308,21 @@ def test_command_prints_and_draws(run, grey_beton: Path, tmp_path: Path):
     )
 
 
+def test_command_prints_paths_as_they_are(run, grey_beton: Path, tmp_path: Path):
+    """Neither markup nor emoji, and bytes that are no text escaped."""
+    folder = tmp_path / "[b]:cat:\udcff"
+    folder.mkdir()
+    for file in (grey_beton, side_path(grey_beton)):
+        shutil.copy(file, folder / file.name)
+    code, printed, _ = run(folder / grey_beton.name, "--num_images", 1)
+    shown = f"{tmp_path}/[b]:cat:\\udcff/{grey_beton.name}"
+    lines = printed.splitlines()
+    assert code == 0 and lines[-1] == f"{shown}.png: 1 images"
+    assert shown in "".join(line.strip() for line in lines[:-1])  # the title may be folded
+    code, printed, _ = run(folder / grey_beton.name, "--verify", "--no-sheet")
+    assert printed.splitlines()[0] == f"{shown}: sound"
+
+
 def test_command_leaves_other_files_alone(run, grey_beton: Path, tmp_path: Path):
     other = tmp_path / "photo.png"
     Image.new("RGB", (3, 3)).save(other)

@@ -120,6 +120,9 @@ def test_damaged_cifar_is_named(tmp_path: Path):
     archive.write_bytes(archive.read_bytes()[:-9000])
     with pytest.raises(DataError, match=r"tar\.gz is not a complete archive"):
         open_source("cifar10", archive)
+    (tmp_path / "file").write_text("no archive")
+    with pytest.raises(DataError, match=r"^.*file is not a complete archive \(.*\); get it again$"):
+        open_source("cifar10", tmp_path / "file")
     with pytest.raises(DataError, match="part must be train or test"):
         open_source("cifar10", folder, part="val")
     (folder / "data_batch_2").write_bytes((folder / "data_batch_2").read_bytes()[:900])
@@ -231,6 +234,12 @@ def test_download_is_checked_and_happens_once(tmp_path: Path, published: Path):
     assert [file.name for file in folder.iterdir()] == ["cifar-10-python.tar.gz"]
     published.unlink()
     assert len(open_source("cifar10", folder, download=True, part="test")) == 7
+
+
+def test_download_into_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(DataError, match="file is not a folder; give the one to download into"):
+        open_source("fashion-mnist", tmp_path / "file", download=True)
 
 
 def test_download_of_something_else_leaves_nothing(tmp_path: Path, published: Path):

@@ -85,6 +85,41 @@ def test_names_that_are_no_text_are_kept(tmp_path: Path):
     assert np.array_equal(source.read(0).image, number_image(1))
 
 
+def test_class_names_that_are_no_text_can_be_printed_and_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save(tmp_path / "a" / "1.png", number_image(1))
+    os.rename(tmp_path / "a", os.fsencode(tmp_path) + b"/\xff")
+    source = open_source("imagefolder", tmp_path)
+    assert source.classes == ("\\udcff",)
+    assert np.array_equal(source.read(0).image, number_image(1))
+    info = SimpleNamespace(classes=("other", *source.classes))
+    monkeypatch.setattr("data_ffcv.beton.inspect_beton", {Path("train.beton"): info}.get)
+    assert open_source("imagefolder", tmp_path, classes="train.beton").labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(("link", "target"), [("loop", "loop"), ("a/loop", "."), ("a/x", "../a")])
+def test_links_that_go_round_are_named(tmp_path: Path, link: str, target: str):
+    save(tmp_path / "a" / "1.png", number_image(1))
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(DataError, match=rf"{tmp_path}/{link}.* cannot be read \(Too many levels"):
+        open_source("imagefolder", tmp_path)
+
+
+def test_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path / "a" / "1.png", number_image(1))
+    scandir = os.scandir
+
+    def refuse(folder: Path):  # root may list everything, so taking the right away is no test
+        if Path(folder).name == "a":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=rf"{tmp_path}/a cannot be read \(Permission denied\)"):
+        open_source("imagefolder", tmp_path)
+
+
 def test_given_classes_number_the_folders(tmp_path: Path):
     write_tree(tmp_path / "val")
     (tmp_path / "classes.txt").write_text(MAPPING + "n02000000 no image of this one\n")
