@@ -87,8 +87,8 @@ def find_gaps(path: str | Path) -> str | None:
     if "sha256" in content:
         return f"{lacking}, only one of the whole file, so damage cannot be located"
     return (
-        f"{lacking}, so changed bits in labels, raw images and masks go unnoticed; only the "
-        "tables and the JPEG data can be checked"
+        f"{lacking}, so changed bits in labels, raw images and masks go unnoticed and only the "
+        "tables and the JPEG data are checked; put the file back that was converted with this one"
     )
 
 

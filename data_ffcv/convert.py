@@ -30,7 +30,7 @@ from data_ffcv._staging import Staging, check_outs, explain_errors, report_path
 from data_ffcv._writer import Written, write_beton
 from data_ffcv.beton import BetonInfo, inspect_beton, side_path
 from data_ffcv.errors import DataError
-from data_ffcv.sources import FORMATS, open_source
+from data_ffcv.sources import FORMATS, default_part, open_source
 
 _SECONDS_PER_UPDATE = 0.1
 
@@ -40,7 +40,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    part: str = "train",
+    part: str | None = None,
     labels: str | Path | None = None,
     classes: str | Path | None = None,
     ignore_index: int | None = None,
@@ -67,7 +67,7 @@ def convert(
         format: One of `FORMATS`.
         source: The folder or archive.
         out: The file to write; its name ends in ``.beton``.
-        part: Official part of an archive: train, test, val, ...
+        part: Official part of an archive: train (also if None), test, val, ...
         labels: Labels of a flat folder, as `data_ffcv.sources.open_source` explains; likewise
             `classes`, `ignore_index` and `download`.
         shortest_side: Shrink images whose shorter side is longer than this, to this.
@@ -122,7 +122,8 @@ def convert(
                     skip_errors=on_error == "skip",
                     on_sample=on_sample,
                 )
-                about = {"format": format, "source": str(source), "part": part}
+                about = {"format": format, "source": str(source)}
+                about |= {"part": part or default_part(format)}
                 about |= {"classes": list(samples.classes), "subset": subset, "split": split}
                 about |= {"held_out": number == 1}
                 _describe(staging, about, encoding, written)
@@ -201,7 +202,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("out", metavar="OUT.beton")
-    parser.add_argument("--part", default="train", help="of an archive: train, test, val, ...")
+    parser.add_argument("--part", help="of an archive: train (default), test, val, ...")
     parser.add_argument("--labels", help="file with a label for each image of a flat folder")
     parser.add_argument("--classes", help="file with the class names")
     parser.add_argument("--ignore_index", type=int, help="mask value that means no class")
@@ -287,6 +288,8 @@ def _print_summary(console: Console, outs: list[Path], seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    # Ends like an interrupt: whatever is unfinished is removed on the way out.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # End like an interrupt: whatever is unfinished is removed on the way out.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is signal.SIG_DFL:  # nohup ignores the latter
+            signal.signal(ending, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

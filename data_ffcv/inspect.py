@@ -124,7 +124,7 @@ def _print_findings(console: Console, path: Path) -> bool:
 
         findings = verify(path, on_progress)
     gaps = find_gaps(path)
-    verdict = "damaged" if findings else "sound"
+    verdict = "damaged" if findings else "no damage found" if gaps else "sound"
     lines = [*map(str, findings), *([gaps] if gaps else []), f"{path}: {verdict}"]
     for line in lines:
         console.print(line, soft_wrap=True)

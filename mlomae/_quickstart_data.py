@@ -101,7 +101,7 @@ def _convert_split(source: Source, split: str, folder: Path, console: Console) -
             source.format,
             getattr(source, split),
             out,
-            part=split,
+            part=None if source.format == "imagefolder" else split,
             shortest_side=source.shortest_side,
             num_workers=num_cores(),
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),

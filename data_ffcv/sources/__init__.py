@@ -24,6 +24,7 @@ __all__ = [
     "FolderSource",
     "Sample",
     "Source",
+    "default_part",
     "open_source",
     "read_image",
     "read_size",
@@ -52,11 +53,16 @@ _OPENERS = {
 FORMATS = tuple(_OPENERS)
 
 
+def default_part(format: str) -> str | None:
+    """Returns the part of a collection that is taken where none is given; None: it has no parts."""
+    return "train" if "part" in _SETTINGS[format] else None
+
+
 def open_source(
     format: str,
     path: str | Path,
     *,
-    part: str = "train",
+    part: str | None = None,
     labels: str | Path | None = None,
     classes: str | Path | None = None,
     ignore_index: int | None = None,
@@ -67,8 +73,8 @@ def open_source(
     Args:
         format: One of `FORMATS`.
         path: The folder, archive or brace pattern that holds it.
-        part: Official part of the collection: train, test, val, ...; an ImageFolder and a
-            WebDataset are taken whole.
+        part: Official part of the collection: train (also if None), test, val, ...; not for an
+            ImageFolder and a WebDataset, which are taken whole.
         labels: Text file with the label of each image of a flat ImageFolder.
         classes: Text file with one class name per line, or the ``.beton`` whose numbering to take.
         ignore_index: Mask value that means "no class"; larger ones move down by one. 255 always
@@ -81,6 +87,7 @@ def open_source(
     if format not in FORMATS:
         raise DataError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     given = {
+        "part": part,
         "labels": Path(labels) if labels is not None else None,
         "classes": Path(classes) if classes is not None else None,
         "ignore_index": ignore_index,
@@ -90,8 +97,8 @@ def open_source(
         if value is not None and name not in _SETTINGS[format]:
             raise DataError(f"{name} is not for {format}; leave it out")
     settings = {name: value for name, value in given.items() if value is not None}
-    if "part" in _SETTINGS[format]:
-        settings["part"] = part
+    if default_part(format):
+        settings.setdefault("part", default_part(format))
     if format.startswith("cifar"):
         settings["num_classes"] = int(format.removeprefix("cifar"))
     try:

@@ -94,7 +94,15 @@ class _ArrayUnpickler(pickle.Unpickler):
         if module.split(".")[0] == "numpy" and name in self._ALLOWED:
             # Files written by numpy 1 say numpy.core.
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if (module, name) == ("_codecs", "encode"):
+            return _encode_latin1  # how Python 3 writes bytes for Python 2
         raise pickle.UnpicklingError(f"holds a {module}.{name}")
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"holds a text in {encoding}")
+    return text.encode("latin1")
 
 
 def _unpickle(path: Path, content: bytes, *keys: bytes) -> list[Any]:

@@ -64,6 +64,7 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (signal.SIGKILL, 0),
         (signal.SIGKILL, 10_000_000),
         (signal.SIGTERM, 10_000_000),
+        (signal.SIGHUP, 10_000_000),
         (signal.SIGINT, 10_000_000),
     ],
 )

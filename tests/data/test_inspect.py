@@ -341,7 +341,7 @@ def test_command_verifies(run, grey_beton: Path, tmp_path: Path):
     assert code == 1 and "page 0" in printed and f"{copy}: damaged" in printed
     side_path(copy).unlink()
     code, printed, _ = run(copy, "--verify", "--no-sheet")
-    assert code == 0 and "is missing" in printed
+    assert code == 0 and "is missing" in printed and f"{copy}: no damage found" in printed
     assert not Path(f"{copy}.png").exists()
 
 

@@ -101,6 +101,15 @@ def test_cifar_archive_folder_and_parent(tmp_path: Path, format: str):
                 assert np.array_equal(image.transpose(2, 0, 1), expected[index])
 
 
+def test_an_archive_that_python_3_pickled_again_is_read(tmp_path: Path):
+    """It writes bytes as a call of _codecs.encode."""
+    folder = write_cifar("cifar100", tmp_path)
+    names = [b"class%d" % number for number in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": names}, protocol=2))
+    assert b"_codecs" in (folder / "meta").read_bytes()
+    assert open_source("cifar100", folder).classes[3] == "class3"
+
+
 def test_code_in_a_pickle_is_refused(tmp_path: Path):
     class Attack:
         def __reduce__(self):
