@@ -97,7 +97,11 @@ def _ours(
             interpolation=contender.resize,
         )
     # Without a scaling a stream on the CPU hands out the bytes it would have normalised.
-    as_bytes = mock.patch("data_ffcv._pipeline.to_scaling", lambda mean, std: None)
+    as_bytes = mock.patch.multiple(
+        "data_ffcv._pipeline",
+        to_scaling=lambda mean, std: None,
+        move_scaling=lambda scaling, device: None,
+    )
     with as_bytes if contender.gives == "uint8" else nullcontext():
         return open_stream(
             path,
