@@ -23,7 +23,7 @@ from data_ffcv.augment import Augmentation
 from data_ffcv.errors import DataError
 from data_ffcv.folder import ImagesInfo
 
-_NUM_TOGETHER = 8  # images between two stages: few enough to stay in a core's cache
+_BYTES_TOGETHER = 1 << 20  # of images between two stages: few enough to stay in a core's cache
 _NO_MASKS = np.empty((0, 0, 0), np.uint8)
 
 
@@ -115,8 +115,9 @@ class Decoder:
         self, epoch: int, indices: np.ndarray, batch: Sequence[np.ndarray], run: slice
     ) -> None:
         *views, targets = batch
-        for start in range(run.start, run.stop, _NUM_TOGETHER):
-            part = slice(start, min(start + _NUM_TOGETHER, run.stop))
+        step = max(1, _BYTES_TOGETHER // max(3 * v.height * v.width for v in self._views))
+        for start in range(run.start, run.stop, step):
+            part = slice(start, min(start + step, run.stop))
             masks = targets[part] if self._info.has_masks else _NO_MASKS
             self._decode_part(epoch, indices[part], [view[part] for view in views], masks)
             self._check_masks(indices[part], masks)
