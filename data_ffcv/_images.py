@@ -1,6 +1,7 @@
 """Where pixels come from: a mapped ``.beton`` file, or a folder of image files."""
 
 import os
+import weakref
 from typing import Protocol
 
 import numpy as np
@@ -49,6 +50,7 @@ class BetonImages:
     def __init__(self, info: BetonInfo) -> None:
         self._info = info
         self.file = info.path.open("rb")
+        weakref.finalize(self, self.file.close)
         mapped = np.memmap(self.file, np.uint8, mode="r")
         self.pixels = self.masks = mapped.view(np.ndarray)
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NUM_TRIES = 10  # each lost to a file that is renamed over the one just checked
+
 BACKENDS = ("auto", "ffcv", "threads")
 Backend = Literal["auto", "ffcv", "threads"]
 # Images of each view, float32 [batch_size, 3, height, width], then labels, int64 [batch_size], or
@@ -120,11 +122,12 @@ class Pipeline:
 
 def _open_unchanged(path: Path) -> tuple[ImagesInfo, Images]:
     """Checks and maps one and the same file, even if another is being renamed over it."""
-    while True:
+    for _ in range(_NUM_TRIES):
         info = inspect_images(path)
         images = open_images(info)
         if not isinstance(images, BetonImages) or images.is_inspected:
             return info, images
+    raise DataError(f"{path} changes all the time; wait until it is complete")
 
 
 def choose_backend(backend: Backend, path: Path) -> Literal["ffcv", "threads"]:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,12 +29,12 @@ def check_outs(outs: list[Path], overwrite: bool) -> None:
         if out.suffix != ".beton":
             raise DataError(f"{out} must end in .beton; give it such a name")
         for path in (out, side_path(out), report_path(out)):
-            if path.is_dir():
+            if os.path.isdir(path):
                 raise DataError(f"{path} is a folder; give another name")
-        if os.path.lexists(out) and not overwrite:
-            raise DataError(f"{out} exists; pass --overwrite or another name")
+            if os.path.lexists(path) and not overwrite:
+                raise DataError(f"{path} exists; pass --overwrite or another name")
         parent = next(folder for folder in out.parents if os.path.lexists(folder))
-        if not parent.is_dir():
+        if not os.path.isdir(parent):
             raise DataError(f"{parent} is not a folder; give another place for {out.name}")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise DataError(f"{parent} cannot be written to; allow that or give another folder")
@@ -69,17 +70,20 @@ class Staging:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.path = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        # On a shared disk locks may be a matter of one host.
+        prefix = f".{out.name}.{socket.gethostname()}."
+        self.path = out.with_name(f"{prefix}{os.getpid()}.tmp")
         self._created: list[Path] = []
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(".*.tmp"):
-            if stale.name.startswith(f".{out.name}."):
+            if stale.name.startswith(prefix):
                 _unlink_abandoned(stale)
         try:
             self.file: BinaryIO = _create_locked(self.path)
         except FileExistsError:
             raise DataError(
-                f"{out} is being written by another conversion; wait for it to end"
+                f"{out} is being written by another conversion; wait for it to end, or remove "
+                f"{self.path} if there is none"
             ) from None
 
     def __enter__(self) -> "Staging":
@@ -117,7 +121,7 @@ class Staging:
         """
         is_new = not os.path.lexists(self.out)
         if overwrite:
-            os.replace(self.path, self.out)
+            self._replace_data()
         else:
             _link(self.path, self.out)
         if is_new:
@@ -125,8 +129,23 @@ class Staging:
         os.replace(side_path(self.path), side_path(self.out))
         if report_path(self.path).exists():
             os.replace(report_path(self.path), report_path(self.out))
-        else:
-            report_path(self.out).unlink(missing_ok=True)  # that of older data
+
+    def _replace_data(self) -> None:
+        """Replaces the data, with the old side file out of the way: its names are of other data."""
+        side, aside = side_path(self.out), _aside(self.path)
+        if side.exists():
+            os.replace(side, aside)
+        try:
+            os.replace(self.path, self.out)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, side)
+            raise
+        report_path(self.out).unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
 
 
 def _link(path: Path, out: Path) -> None:
@@ -136,6 +155,8 @@ def _link(path: Path, out: Path) -> None:
     except OSError:  # on some file systems a file has one name
         if not os.path.lexists(out):
             os.replace(path, out)
+            return
+        if os.path.samestat(path.stat(), out.lstat()):  # done, but the answer was lost
             return
         raise DataError(
             f"{out} was written by somebody else meanwhile; pass --overwrite or another name"
@@ -157,7 +178,7 @@ def _create_locked(path: Path) -> BinaryIO:
 
 def _unlink_abandoned(path: Path) -> None:
     """Removes a temporary file, and what belongs to it, if its process is dead."""
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), path.open("r+b") as file:  # NFS locks need the right to write
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(file, path):  # or another has removed it, and a third one created it again
             _unlink(path)
@@ -171,7 +192,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _unlink(path: Path) -> None:
-    for part in (path, side_path(path), report_path(path)):
+    for part in (path, side_path(path), report_path(path), _aside(path)):
         part.unlink(missing_ok=True)
 
 

@@ -129,8 +129,13 @@ def convert(
                 _describe(staging, about, encoding, written)
         infos = [inspect_beton(staging.path) for staging in stagings]
         for staging in reversed(stagings):
-            with explain_errors(staging.out):
-                staging.publish(overwrite)
+            try:
+                with explain_errors(staging.out):
+                    staging.publish(overwrite)
+            except DataError as error:
+                if overwrite and staging is not stagings[-1]:
+                    raise DataError(f"{error}; {outs[-1]} has been replaced already") from error
+                raise
     return dataclasses.replace(infos[0], path=outs[0])
 
 
@@ -251,7 +256,8 @@ def main() -> int:
 
 
 def _list_outs(out: str | Path, split: float | None) -> list[Path]:
-    return [Path(out)] if split is None else [Path(out), held_out_path(out)]
+    is_split = split is not None and Path(out).suffix == ".beton"  # another will be refused
+    return [Path(out), held_out_path(out)] if is_split else [Path(out)]
 
 
 def _identify(path: Path) -> int | None:

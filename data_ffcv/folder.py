@@ -1,5 +1,6 @@
 """A folder of class folders, read as it is instead of being converted."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -115,11 +116,22 @@ def inspect_images(path: str | Path) -> ImagesInfo:
         DataError: it is missing, damaged or of another kind.
     """
     path = Path(path)
-    files = (path, side_path(path))
-    versions = (file_version(file.stat()) if file.is_file() else None for file in files)
-    key = (path.absolute(), *versions)
+    is_folder = os.path.isdir(path)
+    # A path that is given otherwise is another entry: errors name what the caller gave.
+    key = (path, path.absolute(), *(_folder_versions(path) if is_folder else _versions(path)))
     info = _in_use.get(key)
     if info is None:
-        info = FolderInfo(path) if path.is_dir() else inspect_beton(path)
+        info = FolderInfo(path) if is_folder else inspect_beton(path)
         _in_use[key] = info
     return info
+
+
+def _versions(path: Path) -> list[tuple[int, ...] | None]:
+    files = (path, side_path(path))
+    return [file_version(file.stat()) if os.path.isfile(file) else None for file in files]
+
+
+def _folder_versions(path: Path) -> list[tuple]:
+    """Tells when a class folder, or something directly in one, has come or gone."""
+    with os.scandir(path) as entries:
+        return sorted((e.name, *file_version(e.stat())) for e in entries if e.is_dir())

@@ -105,8 +105,10 @@ class EvalLoader:
 
 
 def _stop(pipeline: Pipeline, batches: "PlannedBatches") -> None:
-    pipeline.wait()  # copies read the buffers that end with the batches
-    batches.stop()
+    try:
+        pipeline.wait()  # copies read the buffers that end with the batches
+    finally:
+        batches.stop()
 
 
 def open_stream(
@@ -233,9 +235,12 @@ def _plan_epochs(
 def _check_indices(info: ImagesInfo, indices: np.ndarray | None) -> np.ndarray:
     if indices is None:
         return np.arange(info.num_samples)
-    samples = np.asarray(indices)
+    try:
+        samples = np.asarray(indices)
+    except ValueError:  # lists of several lengths
+        samples = np.empty((0, 0))
     is_list = samples.ndim == 1 and (samples.dtype.kind in "iu" or not samples.size)
-    samples = samples.astype(np.int64)
+    samples = samples.astype(np.int64) if is_list else samples
     if not is_list or (samples.size and not 0 <= samples.min() <= samples.max() < info.num_samples):
         raise DataError(
             f"indices of {info.path} must be a list of integers within [0, {info.num_samples})"

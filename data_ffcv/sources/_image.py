@@ -41,7 +41,9 @@ def read_size(path: str | Path) -> tuple[int, int]:
     """Returns the height and width that `read_image` would give, from the file's header alone."""
     with Image.open(path, formats=_FORMATS) as image:
         width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        # Pillow has turned a TIFF's size already.
+        is_turned = image.format != "TIFF" and _orientation(image) >= 5
+        return (width, height) if is_turned else (height, width)
 
 
 @contextmanager

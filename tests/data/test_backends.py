@@ -241,6 +241,29 @@ def test_batches_and_parts_of_them_may_be_kept(grey_beton: Path, backend: str):
         assert all(np.array_equal(part, other) for part, other in zip(parts, copy, strict=True))
 
 
+def test_a_relative_path_belongs_to_its_folder(
+    grey_beton: Path, colour_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, source in (("one", grey_beton), ("two", colour_beton)):
+        (tmp_path / name).mkdir()
+        shutil.copy(source, tmp_path / name / "a.beton")
+    monkeypatch.chdir(tmp_path / "one")
+    first = inspect_images("a.beton")
+    monkeypatch.chdir(tmp_path / "two")
+    assert inspect_images("a.beton").num_samples != first.num_samples
+    loader = eval_loader(tmp_path / "one" / "a.beton")
+    assert loader.info.num_samples == first.num_samples == sum(len(b[1]) for b in loader)
+
+
+def test_a_folder_that_changes_is_listed_again(image_folder: Path, tmp_path: Path):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    before = inspect_images(folder)
+    assert inspect_images(folder) is before
+    next((folder / "ant").iterdir()).unlink()
+    assert inspect_images(folder).num_samples == before.num_samples - 1
+
+
 def test_streams_of_a_file_share_its_tables_until_it_changes(grey_beton: Path, tmp_path: Path):
     path = tmp_path / "live.beton"
     for suffix in ("", ".json"):

@@ -208,6 +208,8 @@ def test_forgotten_stream_is_stopped_when_collected_or_at_exit(grey_beton: Path)
         ({"indices": np.array([NUM_GREY])}, "indices"),
         ({"indices": np.arange(NUM_GREY) > 50}, "list of integers"),
         ({"indices": np.array([1.5])}, "list of integers"),
+        ({"indices": ["a"]}, "list of integers"),
+        ({"indices": [[1], [2, 3]]}, "list of integers"),
         ({"indices": np.array([], dtype=int)}, "lower batch_size"),
         ({"rank": 2, "world_size": 2}, "rank"),
         ({"start_batch": -1}, "start_batch"),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from data_ffcv import DataError
-from data_ffcv.sources import read_image
+from data_ffcv.sources import read_image, read_size
 from tests.data.sources.images import (
     COLOUR,
     COLOUR_ALPHA,
@@ -222,3 +222,16 @@ def test_jpeg_damage_that_pillow_passes_is_noticed():
     Image.open(io.BytesIO(content)).load()
     with pytest.raises(DataError, match="damaged"):
         read_image(content)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_header_tells_the_size_that_reading_gives(
+    tmp_path: Path, suffix: str, orientation: int
+):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (48, 20)).save(path, exif=exif)
+    image, _ = read_image(path)
+    assert read_size(path) == (image.height, image.width)
