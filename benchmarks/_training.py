@@ -10,7 +10,6 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,8 @@ from _about import HERE
 from data_ffcv import inspect_beton
 from mlomae import train
 from mlomae._ranks import set_up_logging, start_ranks
-from mlomae.checkpoint import Progress
-from mlomae.plan import make_plan
-from mlomae.trainer import Trainer
+from mlomae.pretraining import Pretraining
+from mlomae.program import make_job
 
 ROOT = HERE.parent
 _NUM_AHEAD = 4  # cycles: more than a stream's batches that are loaded ahead
@@ -42,50 +40,51 @@ def main() -> None:
     set_up_logging()
     start_ranks()
     with ExitStack() as stack:
-        trainer = _build(beton, int(num_blocks) * int(num_cycles), stack)
-        streams = trainer.streams
+        task = _build(beton, int(num_blocks) * int(num_cycles), stack)
+        streams = task.streams
         memory = {name: Memory(next(stream)) for name, stream in streams.items()}
         found: dict[str, list[float]] = {"real": [], "synthetic": []}
         sources = {"real": streams, "synthetic": memory}
         for _, kind in itertools.product(range(int(num_blocks)), found):
-            trainer.streams = sources[kind]
-            found[kind].append(_seconds_per_cycle(trainer, int(num_cycles)))
+            task.streams = sources[kind]
+            found[kind].append(_seconds_per_cycle(task, int(num_cycles)))
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _build(beton: str, num_cycles: int, stack: ExitStack) -> Trainer:
-    """The quickstart's trainer, on another file."""
+def _build(beton: str, num_cycles: int, stack: ExitStack) -> Pretraining:
+    """The quickstart's task, on another file."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     changes = {
         "output_dir": folder,
         "data.train": beton,
         "data.num_classes": inspect_beton(beton).num_classes,
     }
-    plan = make_plan(
+    program = train.PretrainingProgram()
+    job = make_job(
+        program.schema,
         str(ROOT / "launch" / "recipes" / "quickstart_mlo_mae.yaml"),
         str(ROOT / "ds_configs" / "cpu_zero2_fp32.json"),
         False,
         [f"{key}={value}" for key, value in changes.items()],
     )
-    levels = train.build_levels(plan, num_cycles)
-    method = train.build_method(plan.recipe, levels)
-    device = levels["pretrain"].engine.device
-    streams: dict[str, Any] = {
-        name: stack.enter_context(train._open_stream(plan, name, 0, device)) for name in levels
-    }
-    return Trainer(plan.recipe, method, levels, streams, plan.num_images, None, Progress())
+    program.check(job)
+    levels = train.build_levels(job, num_cycles)
+    method = train.build_method(job.recipe, levels)
+    task = Pretraining(job.recipe, method, levels, program.images)
+    task.open(0, stack)
+    return task
 
 
-def _seconds_per_cycle(trainer: Trainer, num_cycles: int) -> float:
+def _seconds_per_cycle(task: Pretraining, num_cycles: int) -> float:
     for _ in range(_NUM_AHEAD):
-        trainer._cycle()
+        task.cycle()
     dist.barrier()
     start = time.perf_counter()
     for _ in range(num_cycles):
-        trainer._cycle()
+        task.cycle()
     dist.barrier()
     return (time.perf_counter() - start) / num_cycles
 

@@ -42,7 +42,7 @@ from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_confi
 from mlomae.errors import UserError
 from mlomae.models import MaskedAutoencoder
 from mlomae.models.attention import check_backend
-from mlomae.plan import Plan
+from mlomae.program import Job
 from mlomae.recipe import Recipe
 from mlomae.train import build_levels, build_method
 
@@ -105,8 +105,8 @@ class Ours:
         recipe = settings.recipe(method)
         names = "the benchmark", "its config"
         check_deepspeed_config(settings.config, recipe, dist.get_world_size(), *names)
-        plan = Plan(recipe, settings.config, *names, False, {}, 0)
-        levels = build_levels(plan, num_cycles=10**6)
+        job = Job(recipe, settings.config, *names)
+        levels = build_levels(job, num_cycles=10**6)
         for level in levels.values():
             for group in level.level.optimizer.param_groups:
                 group["fused"], group["foreach"] = settings.is_fused or None, None

@@ -73,18 +73,14 @@ class AugmentationRecipe(Section):
         return Augmentation(image_size=image_size, **self.model_dump())
 
 
-class DataRecipe(Section):
-    """The training images."""
+class ImagesRecipe(Section):
+    """The images of any run."""
 
     train: FilePath
     """The training images: a .beton file, or a folder with a folder of images per class."""
     backend: Literal["auto", "ffcv", "threads"] = "auto"
     """What reads them: ffcv reads .beton files, threads both; auto takes ffcv where it can. The
     batches are the same."""
-    num_classes: Annotated[int, Field(ge=2)] | None = None
-    """Number of classes of the labels; mlo_mae requires it."""
-    mask_fraction: _Fraction = 0.2
-    """Share of the images kept for the mask level, drawn by class and seed; mlo_mae only."""
     mean: _Triple = (0.485, 0.456, 0.406)
     """Mean of each channel, pixel values in [0, 1]."""
     std: _PositiveTriple = (0.229, 0.224, 0.225)
@@ -93,3 +89,21 @@ class DataRecipe(Section):
     """Of all levels that have none of their own."""
     num_workers: PositiveInt = 1
     """Loader threads per stream and rank."""
+
+
+class DataRecipe(ImagesRecipe):
+    """The images of pretraining."""
+
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Number of classes of the labels; mlo_mae requires it."""
+    mask_fraction: _Fraction = 0.2
+    """Share of the images kept for the mask level, drawn by class and seed; mlo_mae only."""
+
+
+class LabelledRecipe(ImagesRecipe):
+    """The images of a run that learns from labels and is counted on others."""
+
+    test: FilePath
+    """The images that accuracy is counted on; likewise."""
+    num_classes: Annotated[int, Field(ge=2)]
+    """Number of classes of both."""

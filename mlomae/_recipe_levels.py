@@ -23,6 +23,8 @@ class LevelRecipe(Section):
 
     batch_size: PositiveInt
     """Images per optimizer step over all ranks and accumulation steps."""
+    num_views: PositiveInt = 1
+    """Crops of each image in a batch, drawn independently; base_lr counts them. pretrain of mae."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step; pretrain only."""
     steps_per_cycle: PositiveInt = 1
@@ -30,7 +32,7 @@ class LevelRecipe(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """PyTorch's AdamW, or SGD with momentum."""
     base_lr: PositiveFloat | None = None
-    """Peak learning rate at 256 images per step; lr = base_lr * batch_size / 256."""
+    """Peak learning rate at 256 crops per step; lr = base_lr * batch_size * num_views / 256."""
     lr: PositiveFloat
     """Peak learning rate; give this or base_lr."""
     weight_decay: NonNegativeFloat = 0.05
@@ -44,7 +46,9 @@ class LevelRecipe(Section):
     momentum: _Beta = 0.9
     """Momentum; sgd only."""
     warmup_epochs: NonNegativeFloat = 0.0
-    """Linear warm-up from zero, epochs of the recipe; a half cosine to min_lr follows."""
+    """Linear warm-up from zero, epochs of the recipe; the schedule follows."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """From lr to min_lr by a half cosine, or in a line."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the schedule."""
     gradient_clipping: NonNegativeFloat = 0.0
@@ -58,18 +62,22 @@ class LevelRecipe(Section):
         if not isinstance(values, dict) or values.get("lr") is not None:
             return values
         base_lr, batch_size = values.get("base_lr"), values.get("batch_size")
+        num_views = values.get("num_views", cls.model_fields["num_views"].default)
         if base_lr is None:
             raise Refusal("lr", "is missing: give lr or base_lr")
-        if not isinstance(base_lr, int | float) or not isinstance(batch_size, int):
+        if not isinstance(base_lr, int | float) or not all(
+            isinstance(count, int) for count in (batch_size, num_views)
+        ):
             return {**values, "lr": 1.0}  # the field's own check names the bad value
-        return {**values, "lr": base_lr * batch_size / 256}
+        return {**values, "lr": base_lr * batch_size * num_views / 256}
 
     @model_validator(mode="after")
     def _check_lr(self) -> Self:
-        scaled = self.lr if self.base_lr is None else self.base_lr * self.batch_size / 256
+        num_crops = self.batch_size * self.num_views
+        scaled = self.lr if self.base_lr is None else self.base_lr * num_crops / 256
         if not math.isclose(self.lr, scaled, rel_tol=1e-6):
             problem = (
-                f"is {self.lr:g}, but base_lr {self.base_lr:g} at batch_size {self.batch_size} "
+                f"is {self.lr:g}, but base_lr {self.base_lr:g} at {num_crops} crops per step "
                 f"gives {scaled:g}: remove one of the two (null removes a key)"
             )
             raise Refusal("lr", problem)
@@ -151,7 +159,9 @@ class MonitorRecipe(Section):
 
     log_interval: PositiveInt = 10
     """Cycles between two records."""
+    eval_interval_epochs: PositiveFloat | None = None
+    """Epochs between two evaluations on the test images; null evaluates only at the end."""
     picture_interval_epochs: PositiveFloat | None = None
-    """Epochs between two mask pictures; null draws one only at the end."""
+    """Epochs between two pictures; null draws one only at the end."""
     num_pictures: PositiveInt = 8
-    """Images in a mask picture."""
+    """Images in a picture."""

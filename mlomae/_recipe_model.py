@@ -29,8 +29,8 @@ _Sides = Annotated[
 _Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class ModelRecipe(Section):
-    """Encoder and decoder."""
+class EncoderRecipe(Section):
+    """The encoder: a ViT."""
 
     preset: str | None = None
     """Encoder size by name, vit_tiny to vit_huge; fills embed_dim, depth and num_heads."""
@@ -45,17 +45,7 @@ class ModelRecipe(Section):
     num_heads: PositiveInt
     """Attention heads of an encoder block; wins over the preset's."""
     mlp_ratio: PositiveFloat = 4.0
-    """Hidden width of a block's MLP over its width, encoder and decoder."""
-    decoder_embed_dim: PositiveInt = 512
-    """Width of the decoder."""
-    decoder_depth: PositiveInt = 8
-    """Number of decoder blocks."""
-    decoder_num_heads: PositiveInt = 16
-    """Attention heads of a decoder block."""
-    norm_pix_loss: bool = True
-    """Standardise each target patch by its own mean and variance."""
-    trainable_positions: bool = False
-    """Train the position embeddings, which start as 2-D sine-cosine tables."""
+    """Hidden width of a block's MLP over its width."""
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth of the last encoder block, falling linearly to 0 at the first."""
     global_pool: Literal["token", "avg"] = "token"
@@ -111,6 +101,25 @@ class ModelRecipe(Section):
             )
             raise Refusal("compile_blocks", problem)
         _check_width("", self.embed_dim, self.num_heads)
+        return self
+
+
+class ModelRecipe(EncoderRecipe):
+    """Encoder and decoder."""
+
+    decoder_embed_dim: PositiveInt = 512
+    """Width of the decoder."""
+    decoder_depth: PositiveInt = 8
+    """Number of decoder blocks."""
+    decoder_num_heads: PositiveInt = 16
+    """Attention heads of a decoder block."""
+    norm_pix_loss: bool = True
+    """Standardise each target patch by its own mean and variance."""
+    trainable_positions: bool = False
+    """Train the position embeddings, which start as 2-D sine-cosine tables."""
+
+    @model_validator(mode="after")
+    def _check_decoder(self) -> Self:
         _check_width("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
         return self
 

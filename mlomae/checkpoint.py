@@ -5,8 +5,11 @@
         step_00001500/              named after the encoder's step
             state.json              cycle, step counters, clock, number of ranks, file sizes
             recipe.yaml             the resolved recipe
-            model.safetensors       encoder and decoder, fp32, under the published names
+            model.safetensors       whole fp32 weights under the published names, such as encoder
+                                    and decoder of a pretraining
             masking.safetensors     masking network (mlo_mae)
+            shared.safetensors      what else the task goes on from, such as a queue
+            own_00000.safetensors   likewise, what each rank has of its own, such as averages
             random_00000.pt         random state of each rank
             pretrain/ classifier/ mask/     DeepSpeed's own files of each engine
         step_00001500.tmp/          one that was cut short; ignored, and removed by the next save
@@ -23,24 +26,22 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 import mlomae
 from mlomae._checkpoint_writer import Writer, save_engine
-from mlomae.engines import TrainingLevel
 from mlomae.errors import UserError
-from mlomae.recipe import Recipe, differing_keys, dump_recipe, load_recipe
-from mlomae.weights import (
-    MASKING_FILE,
-    MODEL_FILE,
-    RECIPE_FILE,
-    complete_checkpoints,
-    save_tensors,
-)
+from mlomae.recipe import RunRecipe, differing_keys, dump_recipe, load_recipe
+from mlomae.weights import RECIPE_FILE, complete_checkpoints, save_tensors
+
+if TYPE_CHECKING:
+    from mlomae.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,9 @@ _TAG = "engine"  # DeepSpeed wants a folder name inside each level's folder
 # what unpickling a damaged file raises, among others
 _UNREADABLE = (
     *(OSError, RuntimeError, ValueError, EOFError, UnpicklingError, MemoryError),
-    *(ArithmeticError, AttributeError, ImportError, LookupError, TypeError),
+    *(ArithmeticError, AttributeError, ImportError, LookupError, TypeError, SafetensorError),
 )
-_WEIGHTS = {"pretrain": MODEL_FILE, "mask": MASKING_FILE}
+_SHARED_FILE = "shared.safetensors"
 
 
 @dataclass
@@ -67,9 +68,7 @@ class Progress:
     seconds: float = 0.0
 
 
-def save(
-    folder: Path, levels: dict[str, TrainingLevel], progress: Progress, recipe: Recipe
-) -> Path:
+def save(folder: Path, task: "Task", progress: Progress, recipe: RunRecipe) -> Path:
     """Write a checkpoint and remove all but the newest `recipe.checkpoint.keep`.
 
     All ranks must call.
@@ -81,26 +80,29 @@ def save(
         UserError: some rank could not write, on all ranks; older checkpoints are untouched.
     """
     start = time.perf_counter()
-    final = folder / f"step_{levels['pretrain'].num_steps:08d}"
+    final = folder / f"step_{task.first_level.num_steps:08d}"
     partial = final.with_suffix(".tmp")
     rank = dist.get_rank()
     writer = Writer(partial)
     if rank == 0:
-        writer.attempt(_make_room, partial, list(levels))
+        writer.attempt(_make_room, partial, list(task.levels))
     writer.agree()
 
-    for name, level in levels.items():
+    for name, level in task.levels.items():
         save_engine(level.engine, partial / name, _TAG, writer)
-        if name in _WEIGHTS:
-            weights = _full_weights(level)
-            if rank == 0:
-                writer.attempt(save_tensors, weights, partial / _WEIGHTS[name])
+    for file, tensors in task.weights():
+        if rank == 0:
+            writer.attempt(save_tensors, tensors, partial / file)
+    if own := task.rank_state():
+        writer.attempt(save_tensors, own, partial / _own_file(rank))
     writer.attempt(torch.save, _random_state(), partial / f"random_{rank:05d}.pt")
     if rank == 0:
+        if shared := task.shared_state():
+            writer.attempt(save_tensors, shared, partial / _SHARED_FILE)
         writer.attempt((partial / RECIPE_FILE).write_text, dump_recipe(recipe))
     writer.agree()
     if rank == 0:
-        writer.attempt(_publish, partial, final, _describe(levels, progress))
+        writer.attempt(_publish, partial, final, _describe(task, progress))
     writer.agree()
     if rank == 0:
         _remove_old(folder, recipe.checkpoint.keep)
@@ -116,8 +118,8 @@ def _make_room(partial: Path, names: list[str]) -> None:
         (partial / name / _TAG).mkdir(parents=True)
 
 
-def load(folder: Path, levels: dict[str, TrainingLevel], recipe: Recipe) -> Progress | None:
-    """Restore the newest complete checkpoint into freshly built engines. All ranks must call.
+def load(folder: Path, task: "Task", recipe: RunRecipe) -> Progress | None:
+    """Restore the newest complete checkpoint into a freshly built task. All ranks must call.
 
     Returns:
         The progress it holds, or None when there is no checkpoint yet.
@@ -131,7 +133,7 @@ def load(folder: Path, levels: dict[str, TrainingLevel], recipe: Recipe) -> Prog
     if newest is None:
         return None
     state = read_state(newest, recipe)
-    for name, level in levels.items():
+    for name, level in task.levels.items():
         saved = state["levels"][name]
         if saved["engine"] != (own := _describe_engine(level.engine)):
             raise UserError(
@@ -145,9 +147,21 @@ def load(folder: Path, levels: dict[str, TrainingLevel], recipe: Recipe) -> Prog
             raise _unreadable(newest, f"{name}: {reason}") from None
         level.num_steps = saved["num_steps"]
         level.num_skipped = saved["num_skipped"]
+    try:
+        task.load_state(_read(newest / _SHARED_FILE), _read(newest / _own_file(dist.get_rank())))
+    except _UNREADABLE as error:
+        raise _unreadable(newest, f"the task's state: {error!r}") from None
     _restore_random_state(torch.load(newest / f"random_{dist.get_rank():05d}.pt"))
     logger.info("resumed from %s", newest)
     return Progress(**state["progress"])
+
+
+def _own_file(rank: int) -> str:
+    return f"own_{rank:05d}.safetensors"
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    return load_file(file) if file.exists() else {}
 
 
 def latest(folder: Path) -> Path | None:
@@ -156,7 +170,7 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def read_state(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
+def read_state(checkpoint: Path, recipe: RunRecipe) -> dict[str, Any]:
     """`state.json` of a checkpoint that fits the recipe and the number of ranks.
 
     Raises:
@@ -186,13 +200,13 @@ def read_state(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
     return state
 
 
-def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
+def refuse_other_recipe(folder: Path, recipe: RunRecipe) -> None:
     """Refuse to continue what the recipe in a run or checkpoint folder began differently.
 
     Raises:
         UserError: names the keys.
     """
-    if differing := differing_keys(load_recipe(folder / RECIPE_FILE), recipe):
+    if differing := differing_keys(load_recipe(folder / RECIPE_FILE, (), type(recipe)), recipe):
         raise UserError(
             f"{folder} was trained with another recipe (differing keys: "
             f"{', '.join(differing)}): set them back, or choose another output_dir"
@@ -205,7 +219,7 @@ def _unreadable(checkpoint: Path, reason: str) -> UserError:
     )
 
 
-def _describe(levels: dict[str, TrainingLevel], progress: Progress) -> dict[str, Any]:
+def _describe(task: "Task", progress: Progress) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -215,7 +229,7 @@ def _describe(levels: dict[str, TrainingLevel], progress: Progress) -> dict[str,
                 "num_skipped": level.num_skipped,
                 "engine": _describe_engine(level.engine),
             }
-            for name, level in levels.items()
+            for name, level in task.levels.items()
         },
         "world_size": dist.get_world_size(),
         "versions": {"mlomae": mlomae.__version__, "torch": torch.__version__},
@@ -232,19 +246,6 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below a folder, by its relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
-
-
-def _full_weights(level: TrainingLevel) -> dict[str, Tensor]:
-    """fp32 master weights and buffers, whole, on the CPU of every rank that needs them."""
-    partition = level.level.partition
-    masters = [shard.detach().flatten() for shard in partition.shards()]
-    weights = {}
-    for name in partition.shapes:  # one at a time: memory stays at the largest parameter
-        whole = partition.gather([name], masters)[0][name]
-        if dist.get_rank() == 0:
-            weights[name] = whole.cpu().clone()
-    buffers = level.engine.module.named_buffers()
-    return weights | {name: buffer.float().cpu().contiguous() for name, buffer in buffers}
 
 
 def _publish(partial: Path, final: Path, state: dict[str, Any]) -> None:

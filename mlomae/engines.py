@@ -4,17 +4,19 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.optim import Lars, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import Tensor, nn
 
 from mlomae.hypergrad import Hypergradient, Level
 from mlomae.hypergrad.losses import Loss
+from mlomae.hypergrad.partition import Vector
 from mlomae.recipe import LevelRecipe
 
 logger = logging.getLogger(__name__)
@@ -30,12 +32,13 @@ class TrainingLevel:
     """A level on a DeepSpeed engine, with its learning-rate schedule and its guard.
 
     Attributes:
-        name: `pretrain`, `classifier` or `mask`.
+        name: as the recipe calls it, such as `pretrain`, `classifier` or `mask`.
         level: the hypergradient library's view of it, with its loss.
         engine: the DeepSpeed engine.
         total_steps: optimizer steps of the whole run; sizes the schedules.
         num_steps: optimizer steps taken or skipped so far.
-        loss, grad_norm, lr: of the latest step, on this rank (the norm is global).
+        loss, grad_norm, lr: of the latest step, on this rank (the norm is global; the rate is that
+            of the parameter groups that learn fastest).
     """
 
     def __init__(
@@ -48,7 +51,8 @@ class TrainingLevel:
         self.num_steps = 0
         self.num_skipped = 0
         self.loss = self.grad_norm = self.lr = math.nan
-        self._scheduler = CosineLRScheduler(
+        kind = CosineLRScheduler if recipe.schedule == "cosine" else _LinearLRScheduler
+        self._scheduler = kind(
             level.optimizer,
             t_initial=max(1, total_steps - warmup_steps),
             lr_min=recipe.min_lr,
@@ -85,7 +89,7 @@ class TrainingLevel:
         self._scheduler.step_update(self.num_steps)
         self.num_steps += 1
         self.loss = float(loss)
-        self.lr = self.level.optimizer.param_groups[0]["lr"]
+        self.lr = max(group["lr"] for group in self.level.optimizer.param_groups)
         self.grad_norm = self.level.partition.gradient_norm()
         if _agree(math.isfinite(self.loss) and math.isfinite(self.grad_norm), loss.device):
             self.num_skipped = 0
@@ -119,6 +123,9 @@ class TrainingLevel:
         logger.warning("skipped %s step %d: %s", self.name, self.num_steps, reason)
 
 
+_LinearLRScheduler = partial(PolyLRScheduler, power=1.0)
+
+
 def _agree(condition: bool, device: torch.device) -> bool:
     """Whether the condition holds on every rank. All ranks must call."""
     flag = torch.tensor(int(condition), device=device)
@@ -137,6 +144,7 @@ def build_level(
     upper: Sequence[str] = (),
     total_steps: int,
     warmup_steps: int,
+    param_groups: Sequence[dict[str, Any]] | None = None,
 ) -> TrainingLevel:
     """Wrap a module into a DeepSpeed engine with the recipe's optimizer and schedule.
 
@@ -144,10 +152,11 @@ def build_level(
         deepspeed_config: the user's JSON with this level's batch sizes and clipping added.
         loss, lower, upper: as `mlomae.hypergrad.Level` has them.
         total_steps, warmup_steps: of the schedule.
+        param_groups: the optimizer's, where they are others than `build_optimizer` makes; the
+            rate of a group with `lr_scale` is that multiple of the schedule's.
     """
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=build_optimizer(module, recipe), config=deepspeed_config
-    )
+    optimizer = build_optimizer(module, recipe, param_groups)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
     level = Level(
         name, engine, loss=loss, lower=lower, upper=upper, num_steps=recipe.steps_per_cycle
     )
@@ -164,14 +173,51 @@ def evaluating(*levels: TrainingLevel) -> Iterator[None]:
         level.engine.module.train()
 
 
-def build_optimizer(module: nn.Module, recipe: LevelRecipe) -> torch.optim.Optimizer:
-    """PyTorch's optimizer of the recipe, with its groups of weights that decay or do not."""
-    if recipe.decay_norm_and_bias:
-        groups = [{"params": list(module.parameters()), "weight_decay": recipe.weight_decay}]
-    else:
-        groups = param_groups_weight_decay(module, recipe.weight_decay)
+def build_optimizer(
+    module: nn.Module,
+    recipe: LevelRecipe,
+    param_groups: Sequence[dict[str, Any]] | None = None,
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer, with its groups of weights that decay or do not."""
+    groups = list(param_groups or _param_groups(module, recipe))
+    if recipe.optimizer == "lars":
+        return Lars(groups, lr=recipe.lr, momentum=recipe.momentum, always_adapt=True)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
     return torch.optim.AdamW(
         groups, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps, fused=True
     )
+
+
+def _param_groups(module: nn.Module, recipe: LevelRecipe) -> list[dict[str, Any]]:
+    if recipe.decay_norm_and_bias:
+        return [{"params": list(module.parameters()), "weight_decay": recipe.weight_decay}]
+    groups: list[dict[str, Any]] = param_groups_weight_decay(module, recipe.weight_decay)
+    return groups
+
+
+def full_weights(
+    level: TrainingLevel, shards: Vector | None = None, *, everywhere: bool = False
+) -> dict[str, Tensor]:
+    """Weights and buffers of a level, whole, fp32, on the CPU. All ranks must call.
+
+    Args:
+        shards: another vector in the level's weight space than its fp32 masters.
+        everywhere: on all ranks; else the weights are on the first rank alone.
+    """
+    partition = level.level.partition
+    if shards is None:
+        shards = [shard.detach().flatten() for shard in partition.shards()]
+    weights = {}
+    for name in partition.shapes:  # one at a time: memory stays at the largest parameter
+        whole = partition.gather([name], shards)[0][name]
+        if everywhere or dist.get_rank() == 0:
+            weights[name] = whole.cpu().clone()
+    buffers = level.engine.module.named_buffers()
+    return weights | {name: _as_saved(buffer) for name, buffer in buffers}
+
+
+def _as_saved(buffer: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, fp32 unless it counts something."""
+    buffer = buffer.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return buffer.float() if buffer.is_floating_point() else buffer

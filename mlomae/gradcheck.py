@@ -22,7 +22,7 @@ from mlomae._ranks import launched_world_size, report, set_up_logging, start_ran
 from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from mlomae.engines import NonFiniteError, TrainingLevel
 from mlomae.errors import UserError
-from mlomae.plan import Plan
+from mlomae.program import Job
 from mlomae.randomness import hashed
 from mlomae.recipe import Recipe, load_recipe
 from mlomae.train import build_levels
@@ -55,9 +55,9 @@ def main(recipe: str, deepspeed_config: str | None, overrides: Sequence[str]) ->
     logging.getLogger("mlomae.hypergrad.estimators").addFilter(_Once())
     try:
         config_name = deepspeed_config or _default_config()
-        plan, original = _plan(recipe, config_name, overrides)
+        job, original = _job(recipe, config_name, overrides)
         _start()
-        return run(plan, original)
+        return run(job, original)
     except UserError as error:
         report(error)
         return 2
@@ -69,20 +69,20 @@ def main(recipe: str, deepspeed_config: str | None, overrides: Sequence[str]) ->
             dist.destroy_process_group()
 
 
-def run(plan: Plan, original: Recipe) -> int:
+def run(job: Job[Recipe], original: Recipe) -> int:
     """Measure and print. All ranks must call; rank 0 prints.
 
     Args:
-        plan: with the reduced recipe.
+        job: with the reduced recipe.
         original: the user's recipe.
     """
     console = Console(width=100, quiet=dist.get_rank() != 0, highlight=False, markup=False)
-    levels = build_levels(plan, ENDLESS)
-    torch.manual_seed(hashed(plan.recipe.seed, dist.get_rank()))  # dropout differs between ranks
-    _print_header(console, plan, original, levels["pretrain"])
-    bench = Bench(plan.recipe, levels)
+    levels = build_levels(job, ENDLESS)
+    torch.manual_seed(hashed(job.recipe.seed, dist.get_rank()))  # dropout differs between ranks
+    _print_header(console, job, original, levels["pretrain"])
+    bench = Bench(job.recipe, levels)
     unit = bench.measure_unit()
-    rows = make_rows(plan.recipe)
+    rows = make_rows(job.recipe)
     for row in rows:
         bench.measure_cost(row)
     bench.compare(rows)
@@ -106,7 +106,7 @@ def judge(row: Row, dtype: torch.dtype) -> tuple[str, bool]:
     return f"{start} {verdict} the bounds of {_name(dtype)}: {wanted}.", is_within
 
 
-def _plan(name: str, config_name: str, overrides: Sequence[str]) -> tuple[Plan, Recipe]:
+def _job(name: str, config_name: str, overrides: Sequence[str]) -> tuple[Job[Recipe], Recipe]:
     original = load_recipe(name, overrides)
     if original.method != "mlo_mae":
         raise UserError(
@@ -116,7 +116,7 @@ def _plan(name: str, config_name: str, overrides: Sequence[str]) -> tuple[Plan, 
     recipe = reduce_recipe(original, launched_world_size())
     config = reduce_config(load_deepspeed_config(config_name), recipe)
     check_deepspeed_config(config, recipe, launched_world_size(), name, config_name)
-    return Plan(recipe, config, name, config_name, False, {}, 0), original
+    return Job(recipe, config, name, config_name), original
 
 
 def _default_config() -> str:
@@ -145,15 +145,17 @@ class _Once(logging.Filter):
         return is_new
 
 
-def _print_header(console: Console, plan: Plan, original: Recipe, level: TrainingLevel) -> None:
+def _print_header(
+    console: Console, job: Job[Recipe], original: Recipe, level: TrainingLevel
+) -> None:
     stage = int(level.engine.zero_optimization_stage())
     num_ranks = dist.get_world_size()
     console.print(
-        f"{plan.recipe_name} with {plan.config_name}: {_name(level.level.dtype)}, ZeRO stage "
+        f"{job.recipe_name} with {job.config_name}: {_name(level.level.dtype)}, ZeRO stage "
         f"{stage}, {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}.\n"
-        f"Reduced: {', '.join(list_reductions(original, plan.recipe)) or 'nothing'}.\n"
+        f"Reduced: {', '.join(list_reductions(original, job.recipe)) or 'nothing'}.\n"
         "DeepSpeed's buckets are no larger than the model, learning rates stay at their peak.\n"
-        f"Images are random normal, labels random, of seed {plan.recipe.seed}.\n"
+        f"Images are random normal, labels random, of seed {job.recipe.seed}.\n"
     )
 
 

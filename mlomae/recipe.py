@@ -14,12 +14,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 from pydantic import NonNegativeInt, PositiveFloat, ValidationError, model_validator
 from typing_extensions import Self
 
-from mlomae._recipe_data import AugmentationRecipe, DataRecipe
+from mlomae._recipe_data import AugmentationRecipe, DataRecipe, ImagesRecipe, LabelledRecipe
 from mlomae._recipe_levels import (
     CheckpointRecipe,
     ClassifierRecipe,
@@ -30,6 +30,7 @@ from mlomae._recipe_levels import (
 from mlomae._recipe_model import (
     NETWORKS,
     PRESET_SIZES,
+    EncoderRecipe,
     MaskingRecipe,
     ModelRecipe,
 )
@@ -43,15 +44,20 @@ __all__ = [
     "CheckpointRecipe",
     "ClassifierRecipe",
     "DataRecipe",
+    "EncoderRecipe",
     "HypergradientRecipe",
+    "ImagesRecipe",
+    "LabelledRecipe",
     "LevelRecipe",
     "MaskingRecipe",
     "ModelRecipe",
     "MonitorRecipe",
     "Recipe",
+    "RunRecipe",
     "differing_keys",
     "dump_recipe",
     "load_recipe",
+    "read_values",
 ]
 
 RESULT_NEUTRAL_KEYS = ("output_dir", "data.num_workers", "checkpoint", "monitor")
@@ -60,11 +66,11 @@ RESULT_NEUTRAL_KEYS = ("output_dir", "data.num_workers", "checkpoint", "monitor"
 _SHIPPED = Path(__file__).resolve().parents[1] / "launch" / "recipes"
 
 
-class Recipe(Section):
-    """One training run."""
+class RunRecipe(Section):
+    """What every training run has; each kind of run adds its levels."""
 
-    method: Literal["mlo_mae", "mae"]
-    """Learned masks (three levels) or random masks (pretrain alone)."""
+    method: str
+    """What is trained."""
     seed: NonNegativeInt = 0
     """Seed of every random draw: weights, split, data order, crops, masks, dropout."""
     output_dir: FilePath
@@ -72,12 +78,42 @@ class Recipe(Section):
     # The literature counts cycles: with k1 = 2, the "50 epochs" of the MLO-MAE paper are
     # 100 passes of the encoder over its images, so they are written `epochs: 100` here.
     epochs: PositiveFloat
-    """Passes of the encoder over its training images, whatever steps_per_cycle is."""
+    """Passes over the training images of the first level, whatever steps_per_cycle is."""
     init_from: FilePaths = ()
-    """Weights that encoder and decoder start from: a file or folder, or several that make one
-    model: published MAE and MAE-CT files, timm, Hugging Face, a run of this project."""
+    """Weights to start from: a file or folder, or several that make one model: published MAE and
+    MAE-CT files, timm, Hugging Face, a run of this project."""
     init_from_expected: Names = ()
     """Names which may be missing from init_from or left over, with * for any text."""
+    model: EncoderRecipe
+    data: ImagesRecipe
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    monitor: MonitorRecipe = MonitorRecipe()
+
+    @property
+    def levels(self) -> dict[str, LevelRecipe]:
+        """The levels which the run trains, by name, lowest first."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        for name, level in self.levels.items():
+            if level.warmup_epochs >= self.epochs:
+                problem = f"is {level.warmup_epochs:g}, but must be below epochs {self.epochs:g}"
+                raise Refusal(f"{name}.warmup_epochs", problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_init_from(self) -> Self:
+        if self.init_from_expected and not self.init_from:
+            raise Refusal("init_from_expected", "is given without init_from: add or remove one")
+        return self
+
+
+class Recipe(RunRecipe):
+    """Pretraining of a masked autoencoder."""
+
+    method: Literal["mlo_mae", "mae"]
+    """Learned masks (three levels) or random masks (pretrain alone)."""
     model: ModelRecipe
     masking: MaskingRecipe
     data: DataRecipe
@@ -85,8 +121,6 @@ class Recipe(Section):
     classifier: ClassifierRecipe | None = None
     mask: LevelRecipe | None = None
     hypergradient: HypergradientRecipe = HypergradientRecipe()
-    checkpoint: CheckpointRecipe = CheckpointRecipe()
-    monitor: MonitorRecipe = MonitorRecipe()
 
     @property
     def levels(self) -> dict[str, LevelRecipe]:
@@ -130,9 +164,9 @@ class Recipe(Section):
             if name == "mask" and level.steps_per_cycle > 1:
                 problem = f"is {level.steps_per_cycle}, but the mask steps once per cycle: use 1"
                 raise Refusal("mask.steps_per_cycle", problem)
-            if level.warmup_epochs >= self.epochs:
-                problem = f"is {level.warmup_epochs:g}, but must be below epochs {self.epochs:g}"
-                raise Refusal(f"{name}.warmup_epochs", problem)
+            if level.num_views > 1 and self.method != "mae":
+                problem = f"is {level.num_views}, but several views are for method mae: use 1"
+                raise Refusal(f"{name}.num_views", problem)
         return self
 
     @model_validator(mode="after")
@@ -180,25 +214,52 @@ class Recipe(Section):
             raise Refusal(f"masking.{refusal.key}", refusal.problem) from None
         return self
 
-    @model_validator(mode="after")
-    def _check_init_from(self) -> Self:
-        if self.init_from_expected and not self.init_from:
-            raise Refusal("init_from_expected", "is given without init_from: add or remove one")
-        return self
+
+R = TypeVar("R", bound=RunRecipe)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+@overload
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
+@overload
+def load_recipe(path: str | Path, overrides: Sequence[str], schema: type[R]) -> R: ...
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), schema: type[RunRecipe] = Recipe
+) -> RunRecipe:
     """Read and check a recipe.
 
     Args:
         path: A YAML file, or the name of a shipped recipe such as
             `mlo_mae_vit_base_patch16_imagenet`.
         overrides: Texts `key.subkey=value`, the value in YAML; the last one wins.
+        schema: The kind of run.
 
     Raises:
         UserError: The file or an override cannot be read, or a key or value is wrong.
     """
     file = _find(path)
+    values = read_values(file)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        _refuse_other_method(values, schema)
+        _refuse_unknown_keys(values, schema)
+        return schema.model_validate(values)
+    except Refusal as refusal:
+        key, problem = refusal.key, refusal.problem
+    except ValidationError as error:
+        key, problem = _describe(error, schema)
+    # the mistake may stand in an override of this section, or in one which bears on all levels
+    section = re.escape(key.split(".")[0])
+    suspects = [text for text in overrides if re.match(rf"({section}[.=]|(method|epochs)=)", text)]
+    raise UserError(f"{' with '.join([str(file), *suspects])}: {key} {problem}")
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """The keys and values of a recipe of any kind, unchecked.
+
+    Raises:
+        UserError: the file cannot be read, or is no recipe.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -206,27 +267,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = parse_yaml(text, str(file))
     if not isinstance(values, dict):
         raise UserError(f"{file}: a recipe is a list of `key: value` lines, this file is not")
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        _refuse_unknown_keys(values)
-        return Recipe.model_validate(values)
-    except Refusal as refusal:
-        key, problem = refusal.key, refusal.problem
-    except ValidationError as error:
-        key, problem = _describe(error)
-    # the mistake may stand in an override of this section, or in one which bears on all levels
-    section = re.escape(key.split(".")[0])
-    suspects = [text for text in overrides if re.match(rf"({section}[.=]|(method|epochs)=)", text)]
-    raise UserError(f"{' with '.join([str(file), *suspects])}: {key} {problem}")
+    return values
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: RunRecipe) -> str:
     """Return the complete recipe as YAML, which `load_recipe` turns into an equal one."""
     return dump_yaml(recipe.model_dump(mode="json", exclude_none=True))
 
 
-def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+def differing_keys(a: RunRecipe, b: RunRecipe) -> list[str]:
     """Return the dotted keys which change results and differ between two recipes."""
     values_a, values_b = (dict(flatten(recipe.model_dump())) for recipe in (a, b))
     keys = dict.fromkeys([*values_a, *values_b])
@@ -268,12 +317,21 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[name] = parse_yaml(text, f"override {override}")
 
 
-def _refuse_unknown_keys(values: dict[str, Any]) -> None:
+def _refuse_other_method(values: dict[str, Any], schema: type[RunRecipe]) -> None:
+    """Refuse a recipe of another kind of run, before its keys are all called unknown."""
+    known = get_args(schema.model_fields["method"].annotation)
+    method = values.get("method")
+    if isinstance(method, str) and known and method not in known:
+        kind = " and ".join(known)
+        raise Refusal("method", f"is {method}, but this command trains {kind}: give such a recipe")
+
+
+def _refuse_unknown_keys(values: dict[str, Any], schema: type[RunRecipe]) -> None:
     """Refuse a key which no recipe has, with the nearest one which it has.
 
     Runs before the types are checked, since a misspelt key often makes another one missing.
     """
-    valid = list(_help_texts(Recipe))
+    valid = list(_help_texts(schema))
     for key, _ in flatten(values):
         if key not in valid:
             # the right key in the wrong section is likelier than a misspelt one
@@ -294,7 +352,7 @@ def _help_texts(section: type[Section], prefix: str = "") -> dict[str, str]:
     return texts
 
 
-def _describe(error: ValidationError) -> tuple[str, str]:
+def _describe(error: ValidationError, schema: type[RunRecipe]) -> tuple[str, str]:
     """Return the dotted key of the first mistake and what is wrong with it."""
     first = error.errors()[0]
     names = [str(part) for part in first["loc"]]
@@ -302,7 +360,7 @@ def _describe(error: ValidationError) -> tuple[str, str]:
     if isinstance(refusal, Refusal):
         return ".".join([*names, refusal.key]), refusal.problem
     key, value = ".".join(names), json.dumps(first["input"], default=str)
-    text = _help_texts(Recipe).get(re.sub(r"\.\d+$", "", key))
+    text = _help_texts(schema).get(re.sub(r"\.\d+$", "", key))
     meaning = f" ({' '.join(text.rstrip('.').split())})" if text else ""
     if first["type"] == "missing":
         return key, f"is missing: add it{meaning}"

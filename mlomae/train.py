@@ -1,129 +1,102 @@
-"""From a plan to a finished run: build engines and streams, train."""
+"""The pretraining program: MAE and MLO-MAE from a recipe to engines, streams and a method."""
 
-import errno
-import json
-import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from rich.console import Console
+from torch import nn
 
-from data_ffcv import (
-    Augmentation,
-    DataError,
-    Stream,
-    open_eval_loader,
-    open_stream,
-)
-from mlomae import checkpoint
-from mlomae._ranks import report, set_up_logging, start_ranks
-from mlomae.deepspeed_config import level_config
-from mlomae.engines import NonFiniteError, TrainingLevel, build_level
+from data_ffcv import inspect_images, split_by_class
+from mlomae.engines import TrainingLevel
 from mlomae.errors import UserError
 from mlomae.estimators import build_estimator
+from mlomae.foreign import check_weights
 from mlomae.mae import BaselineReconstruction, Mae, baseline_scorer
 from mlomae.masks import MaskSchedule
 from mlomae.mlo_mae import LEVELS, CoupledReconstruction, FrozenReconstruction, MloMae
-from mlomae.plan import Plan, is_continued, make_plan
-from mlomae.randomness import hashed
-from mlomae.recipe import Recipe, dump_recipe
-from mlomae.trainer import Stopped, Trainer, count_cycles
-from mlomae.weights import BUILDERS, RECIPE_FILE, load_initial_weights
-
-logger = logging.getLogger(__name__)
+from mlomae.pretraining import LevelImages, Pretraining
+from mlomae.program import Job, Program, launch
+from mlomae.recipe import Recipe
+from mlomae.task import count_cycles
+from mlomae.weights import BUILDERS, build_model, load_initial_weights
 
 
 def main(recipe: str, deepspeed_config: str, resume: bool, overrides: Sequence[str]) -> int:
-    """Train as `launch/pretrain.py` was asked to, and return the exit code.
+    """Pretrain as `launch/pretrain.py` was asked to, and return the exit code."""
+    return launch(PretrainingProgram(), recipe, deepspeed_config, resume, overrides)
 
-    0: finished. 1: the numbers broke down. 2: bad input, or an output_dir that cannot be written.
-    128 + n: stopped by signal n, saved.
+
+class PretrainingProgram(Program[Recipe]):
+    """Plain MAE or MLO-MAE.
+
+    Attributes:
+        images: of each level, once `check` has looked at them.
     """
-    set_up_logging()
-    try:
-        plan = make_plan(recipe, deepspeed_config, resume, overrides)
-        start_ranks()
-        run(plan)
-    except (UserError, DataError) as error:
-        report(error)
-        return 2
-    except NonFiniteError as error:
-        report(error)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        report(UserError(f"{error}: free some space below output_dir, and continue with --resume"))
-        return 2
-    except Stopped as stopped:
-        logger.info("%s", stopped)
-        return stopped.code
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+
+    schema = Recipe
+    images: dict[str, LevelImages]
+
+    def module(self, recipe: Recipe, name: str) -> nn.Module:
+        """The untrained network of a level."""
+        return BUILDERS[name](recipe)
+
+    def check(self, job: Job[Recipe]) -> None:
+        """Images and initial weights must fit the recipe."""
+        self.images = plan_images(job.recipe)
+        if job.recipe.init_from and not job.is_continued:
+            with torch.device("meta"):
+                model = build_model(job.recipe)
+            check_weights(model, job.recipe.init_from, expected=job.recipe.init_from_expected)
+
+    def build(self, job: Job[Recipe]) -> Pretraining:
+        """Engines, and the method on them."""
+        num_cycles = count_cycles(job.recipe, self.images["pretrain"].num_images)
+        levels = build_levels(job, num_cycles)
+        return Pretraining(job.recipe, build_method(job.recipe, levels), levels, self.images)
 
 
-def run(plan: Plan) -> None:
-    """Build what was planned and train it. All ranks must call.
+def plan_images(recipe: Recipe) -> dict[str, LevelImages]:
+    """What each level draws from: all images, or 80 % and the rest of each class.
 
     Raises:
-        Stopped, NonFiniteError: see `Trainer.run`.
-        UserError: a checkpoint cannot be resumed.
+        UserError, DataError: they do not fit the recipe.
     """
-    recipe = plan.recipe
-    dist.barrier()  # every rank has passed its checks before the first file is written
-    if dist.get_rank() == 0:
-        _write_resolved(plan)
-    levels = build_levels(plan, count_cycles(recipe, plan.num_images))
-    # After the engines: their weights are drawn alike on all ranks, dropout is not.
-    torch.manual_seed(hashed(recipe.seed, dist.get_rank()))
-    progress = None
-    if plan.resume:
-        progress = checkpoint.load(Path(recipe.output_dir) / "checkpoints", levels, recipe)
-        if progress is None:
-            logger.info("no checkpoint in %s yet: starting from scratch", recipe.output_dir)
-    progress = progress or checkpoint.Progress()
-    method = build_method(recipe, levels)
-
-    with ExitStack() as stack:
-        device = levels["pretrain"].engine.device
-        streams = {
-            name: stack.enter_context(_open_stream(plan, name, progress.cycle, device))
-            for name in levels
-        }
-        pictures = _picture_images(plan, device)
-        Trainer(recipe, method, levels, streams, plan.num_images, pictures, progress).run()
-
-
-def build_levels(plan: Plan, num_cycles: int) -> dict[str, TrainingLevel]:
-    """A DeepSpeed engine for each level of the recipe. All ranks must call."""
-    recipe, levels = plan.recipe, {}
+    info = inspect_images(recipe.data.train)
+    if info.labels is None:
+        raise UserError(
+            f"data.train {recipe.data.train} holds masks: give a file with class labels"
+        )
+    indices = {"pretrain": None}
+    if recipe.method == "mlo_mae":
+        if info.num_classes != recipe.data.num_classes:
+            raise UserError(
+                f"data.num_classes is {recipe.data.num_classes}, but {recipe.data.train} has "
+                f"{info.num_classes} classes: set data.num_classes={info.num_classes}"
+            )
+        rest, part = split_by_class(info.labels, recipe.data.mask_fraction, recipe.seed)
+        indices = {"pretrain": rest, "classifier": rest, "mask": part}
+    images = {}
     for name, level in recipe.levels.items():
+        augmentation = level.augmentation or recipe.data.augmentation
+        images[name] = LevelImages(info, indices[name], augmentation.build(recipe.model.image_size))
+        if images[name].num_images < level.batch_size:
+            raise UserError(
+                f"{name}.batch_size is {level.batch_size}, but its stream has "
+                f"{images[name].num_images} images: lower it, or give more images"
+            )
+        images[name].augmentation.check_fits(info)
+    return images
+
+
+def build_levels(job: Job[Recipe], num_cycles: int) -> dict[str, TrainingLevel]:
+    """A DeepSpeed engine for each level of the recipe. All ranks must call."""
+    recipe, levels = job.recipe, {}
+    for name in recipe.levels:
         module = BUILDERS[name](recipe)
-        if name == "pretrain" and not is_continued(recipe, plan.resume):
+        if name == "pretrain" and not job.is_continued:
             load_initial_weights(module, recipe)
-        total_steps = num_cycles * level.steps_per_cycle
-        levels[name] = build_level(
-            name,
-            module,
-            level,
-            level_config(
-                plan.deepspeed_config,
-                level,
-                name,
-                dist.get_world_size(),
-                plan.recipe_name,
-                plan.config_name,
-            ),
-            **coupling(recipe, name),
-            total_steps=total_steps,
-            warmup_steps=round(total_steps * level.warmup_epochs / recipe.epochs),
+        levels[name] = job.build_level(
+            name, module, num_cycles=num_cycles, **coupling(recipe, name)
         )
     return levels
 
@@ -160,51 +133,3 @@ def build_method(recipe: Recipe, levels: dict[str, TrainingLevel]) -> Mae | MloM
         raise UserError(
             f"hypergradient.estimator {section.estimator} cannot be used: {error}"
         ) from None
-
-
-def _open_stream(plan: Plan, name: str, cycle: int, device: torch.device) -> Stream:
-    recipe, level = plan.recipe, plan.recipe.levels[name]
-    return open_stream(
-        recipe.data.train,
-        augmentation=plan.augmentations[name],
-        indices=plan.indices[name],
-        batch_size=level.batch_size // dist.get_world_size(),
-        seed=recipe.seed,
-        name=name,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        start_batch=cycle * level.steps_per_cycle,
-        num_workers=recipe.data.num_workers,
-        backend=recipe.data.backend,
-        device=device,
-    )
-
-
-def _picture_images(plan: Plan, device: torch.device) -> torch.Tensor:
-    """The first images that no encoder step trains on, where there are some; not augmented."""
-    recipe = plan.recipe
-    candidates = plan.indices.get("mask")
-    indices = np.arange(plan.num_images) if candidates is None else candidates
-    size = recipe.model.image_size
-    count = recipe.monitor.num_pictures
-    loader = open_eval_loader(
-        recipe.data.train,
-        augmentation=Augmentation(kind="center_crop", image_size=size, resize=size),
-        indices=indices[:count],
-        batch_size=count,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        backend=recipe.data.backend,
-        device=device,
-    )
-    return next(iter(loader))[0]
-
-
-def _write_resolved(plan: Plan) -> None:
-    resolved = dump_recipe(plan.recipe)
-    Console(stderr=True, highlight=False).print(resolved, markup=False)
-    folder = Path(plan.recipe.output_dir)
-    (folder / RECIPE_FILE).write_text(resolved)
-    (folder / "deepspeed_config.json").write_text(json.dumps(plan.deepspeed_config, indent=2))

@@ -132,10 +132,10 @@ def errors_of_unrolled() -> list[float]:
     """Errors in fp32 through all steps of a cycle: accumulated, clipped, with dropout."""
     overrides = ["pretrain.gradient_accumulation_steps=2", "pretrain.gradient_clipping=0.1"]
     config = str(ROOT / "ds_configs" / "cpu_zero2_fp32.json")
-    plan, _ = gradcheck._plan("quickstart_mlo_mae", config, overrides)
-    bench = Bench(plan.recipe, build_levels(plan, gradcheck.ENDLESS))
+    job, _ = gradcheck._job("quickstart_mlo_mae", config, overrides)
+    bench = Bench(job.recipe, build_levels(job, gradcheck.ENDLESS))
     torch.manual_seed(torch.distributed.get_rank())
-    row = next(row for row in make_rows(plan.recipe) if row.steps["pretrain"] == 2)
+    row = next(row for row in make_rows(job.recipe) if row.steps["pretrain"] == 2)
     bench.measure_cost(row)
     bench.compare([row])
     return row.errors

@@ -25,7 +25,7 @@ from mlomae._quickstart_training import StageFailed, plan_launch, run_logged, tr
 from mlomae.errors import UserError
 from mlomae.quickstart import claim
 from mlomae.recipe import load_recipe
-from mlomae.trainer import count_cycles
+from mlomae.task import count_cycles
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)

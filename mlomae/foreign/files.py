@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mlomae.errors import UserError
-from mlomae.recipe import Recipe, load_recipe
+from mlomae.recipe import read_values
 from mlomae.weights import MODEL_FILE, RECIPE_FILE, find_checkpoint
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = find_file(path)
     recipe, config = file.with_name(RECIPE_FILE), file.with_name("config.json")
     if recipe.is_file() and file.name == MODEL_FILE:
-        return _of_recipe(load_recipe(recipe))
+        return _of_recipe(read_values(recipe), recipe)
     if not config.is_file() or file.name not in FOLDER_FILES:
         return {}
     theirs = _read_json(config)
@@ -151,10 +151,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return _of_hugging_face(theirs, config)
 
 
-def _of_recipe(recipe: Recipe) -> dict[str, Any]:
-    sizes = {"image_size", "num_heads", "decoder_num_heads", "global_pool"}
-    images = recipe.data.model_dump(include={"mean", "std"})
-    return recipe.model.model_dump(include=sizes) | images | {"method": recipe.method}
+def _of_recipe(recipe: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What the recipe of a run of any kind says; runs save it complete."""
+    try:
+        model, data = recipe["model"], recipe["data"]
+        told = {"method": recipe["method"], "mean": tuple(data["mean"]), "std": tuple(data["std"])}
+        told |= {key: model[key] for key in ("num_heads", "global_pool")}
+        told["image_size"] = tuple(model["image_size"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is not the recipe that a run saves ({error!r}): copy the whole checkpoint"
+        ) from None
+    if "decoder_num_heads" in model:
+        told["decoder_num_heads"] = model["decoder_num_heads"]
+    return told
 
 
 def _of_timm(theirs: dict[str, Any]) -> dict[str, Any]:

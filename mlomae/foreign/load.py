@@ -66,10 +66,14 @@ def load_weights(
 
 
 def check_weights(
-    model: MaskedAutoencoder, paths: Sequence[str | Path], *, expected: Sequence[str] = ()
+    model: MaskedAutoencoder,
+    paths: Sequence[str | Path],
+    *,
+    expected: Sequence[str] = (),
+    parts: Parts = "all",
 ) -> None:
     """Raise as `load_weights` would, for a model that may be on the meta device."""
-    _fit(model, paths, expected, "all")
+    _fit(model, paths, expected, parts)
 
 
 def _fit(

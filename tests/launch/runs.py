@@ -1,6 +1,7 @@
 """Tiny runs: their recipes, launches of them in one pair of processes, and what they leave."""
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -101,7 +102,8 @@ def drive(launches: list[dict[str, Any]]) -> list[tuple[int, str]]:
     """Launch one run after the other in these processes. All ranks must call.
 
     Args:
-        launches: arguments of `mlomae.train.main`, and what shall befall the run:
+        launches: arguments of `mlomae.program.launch` (`program` as "module:Class", pretraining
+            unless given), and what shall befall the run:
             `kill` (rank, cycle): SIGTERM comes to this rank in this cycle, counted from 0;
             `full` (rank, texts): on this rank, writing a tensor file whose path holds all the
             texts fails for want of space;
@@ -117,10 +119,13 @@ def _launch(
     kill: tuple[int, int] | None = None,
     full: tuple[int, tuple[str, ...]] | None = None,
     shell: str | None = None,
+    program: str = "mlomae.train:PretrainingProgram",
     **arguments: Any,
 ) -> tuple[int, str]:
-    from mlomae import train
+    from mlomae.program import launch
 
+    module, name = program.split(":")
+    chosen = getattr(importlib.import_module(module), name)()
     rank, stderr = dist.get_rank(), StringIO()
     if shell is not None and rank == 0:
         subprocess.run(["bash", "-ec", shell], check=True, timeout=10)
@@ -134,21 +139,23 @@ def _launch(
             stack.enter_context(_sigterm_in_cycle(kill[1]))
         if full is not None and full[0] == rank:
             stack.enter_context(_no_space_for(full[1]))
-        code = train.main(**arguments)
+        code = launch(chosen, **arguments)
     return code, stderr.getvalue()
 
 
 def _sigterm_in_cycle(cycle: int) -> Any:
-    from mlomae.trainer import Trainer
+    from mlomae.task import Task
 
-    draw = Trainer._draw
+    draw = Task.draw
 
-    def draw_and_die(trainer: Trainer, name: str) -> Any:
-        if trainer.progress.cycle == cycle:
+    def draw_and_die(task: Task, name: str) -> Any:
+        first = task.first_level.name
+        steps_per_cycle = task.recipe.levels[first].steps_per_cycle
+        if name == first and task.streams[first].batches_drawn == cycle * steps_per_cycle:
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw(trainer, name)
+        return draw(task, name)
 
-    return mock.patch.object(Trainer, "_draw", draw_and_die)
+    return mock.patch.object(Task, "draw", draw_and_die)
 
 
 def _no_space_for(texts: tuple[str, ...]) -> Any:

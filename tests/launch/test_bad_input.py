@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_ffcv.convert import convert
-from mlomae import train
+from mlomae import program, train
 from tests.launch.runs import Setup, mounted_tmpfs, tree
 from tests.ranks import run_ranks
 
@@ -25,12 +25,12 @@ def refused(
 ) -> Callable[..., str]:
     """Launch what must be refused, and return the sentence."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(train, "set_up_logging", lambda: None)
+    monkeypatch.setattr(program, "set_up_logging", lambda: None)
 
     def no_training(*_: Any) -> None:
         pytest.fail("this launch should have been refused")
 
-    monkeypatch.setattr(train, "start_ranks", no_training)
+    monkeypatch.setattr(program, "start_ranks", no_training)
 
     def launch(*overrides: str, run: str = "run", **more: Any) -> str:
         arguments = setup.launch(run, *overrides, **more)

@@ -1,0 +1,46 @@
+"""The folder of a run, looked at before it is used."""
+
+import shutil
+
+from mlomae import checkpoint
+from mlomae._ranks import launched_rank
+from mlomae.errors import UserError
+from mlomae.recipe import RunRecipe
+from mlomae.weights import RECIPE_FILE
+
+
+def check_output_dir(recipe: RunRecipe, resume: bool, needed: int) -> None:
+    """Refuse a folder that holds another run, or that a checkpoint of `needed` bytes cannot go to.
+
+    Raises:
+        UserError: names the folder and the mend.
+    """
+    folder = recipe.output_dir
+    if not resume and any((folder / name).exists() for name in (RECIPE_FILE, "checkpoints")):
+        raise UserError(
+            f"output_dir {folder} holds another run: add --resume to continue it, or choose "
+            "another output_dir"
+        )
+    probe = folder / f".write_test_{launched_rank()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder} cannot be written ({error.strerror}): choose another, or mend "
+            "its rights or space"
+        ) from None
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"output_dir {folder} has {free / 2**30:.2f} GiB free, but a checkpoint takes about "
+            f"{needed / 2**30:.2f} GiB: free some space, or choose another output_dir"
+        )
+    newest = checkpoint.latest(folder / "checkpoints") if resume else None
+    if newest is not None:
+        checkpoint.read_state(newest, recipe)
+    elif (folder / RECIPE_FILE).exists():  # it ended before its first checkpoint
+        checkpoint.refuse_other_recipe(folder, recipe)

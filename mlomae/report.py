@@ -1,0 +1,71 @@
+"""What a finished run leaves besides weights: summary.json, result.json and a one-page report."""
+
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import timm
+import torch
+
+import mlomae
+from mlomae.recipe import RunRecipe
+from mlomae.task import Task
+
+SUMMARY_FILE, RESULT_FILE, REPORT_FILE = "summary.json", "result.json", "report.md"
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write how long a run took and how fast it was; its presence says that the run is over."""
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1))
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write what an examination found, and how."""
+    (folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write_report(
+    folder: Path,
+    recipe: RunRecipe,
+    task: Task,
+    summary: dict[str, Any],
+    evaluation: dict[str, float],
+) -> None:
+    """Write the page that says what was run and what came of it."""
+    first = task.first_level.name
+    run = [
+        ("method", recipe.method),
+        ("images", f"{recipe.data.train} ({task.num_images} for {first})"),
+        ("started from", " and ".join(map(str, recipe.init_from)) or "random weights"),
+        ("epochs", f"{recipe.epochs:g} ({task.first_level.num_steps} steps of {first})"),
+        ("batch", f"{recipe.levels[first].batch_size} over {summary['world_size']} ranks"),
+        ("seed", str(recipe.seed)),
+        ("training time", f"{summary['seconds']:.0f} s"),
+        ("images per second", f"{summary['images_per_second']:.0f}"),
+    ]
+    numbers = [(name, f"{value:.6g}") for name, value in evaluation.items()]
+    page = [
+        f"# {folder.name}: {recipe.method}",
+        table(("run", ""), run + task.report()),
+        *([table(("result", ""), numbers)] if numbers else []),
+        f"Complete settings: `recipe.yaml`, `deepspeed_config.json`. Curves: `tensorboard --logdir "
+        f"{folder} --host localhost`. One seed says little about small differences.",
+        versions(),
+    ]
+    (folder / REPORT_FILE).write_text("\n\n".join(page) + "\n")
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def versions() -> str:
+    """The line on software that a report ends with."""
+    packages = {"mlomae": mlomae, "torch": torch, "deepspeed": deepspeed, "timm": timm}
+    told = [f"{name} {package.__version__}" for name, package in packages.items()]
+    return f"{', '.join(told)}, Python {platform.python_version()}."

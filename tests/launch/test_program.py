@@ -1,0 +1,101 @@
+"""What every training program gets: evaluation, state, results and reports, in real processes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.launch.runs import NUM_IMAGES, Setup, checkpoints, contents, records
+from tests.ranks import run_ranks
+
+STAGES = (0, 3)
+NUM_CYCLES = 2 * (NUM_IMAGES // 16)
+
+
+def recipe(folder: Path, beton: Path) -> str:
+    values = {
+        "method": "toy",
+        "output_dir": str(folder / "none"),
+        "epochs": 2,
+        "model": {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 2},
+        "data": {"train": str(beton)},
+        "mean": {"batch_size": 16, "lr": 0.05, "schedule": "linear", "warmup_epochs": 0.4},
+        "checkpoint": {"keep": 1},
+        "monitor": {"log_interval": 1, "eval_interval_epochs": 1, "picture_interval_epochs": 1},
+    }
+    file = folder / "toy.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def outcomes(module_setup: Setup, beton: Path) -> list[Any]:
+    """Codes and stderr by rank, of a whole and a stopped and resumed run at each stage."""
+    file = recipe(module_setup.folder, beton)
+    launches = []
+    for stage in STAGES:
+
+        def launch(name: str, stage: int = stage, **more: Any) -> dict[str, Any]:
+            common = {"recipe": file, "program": "tests.launch.toy:ToyProgram"}
+            return module_setup.launch(f"{name}{stage}", stage=stage, **common, **more)
+
+        launches += [launch("whole"), launch("halves", kill=(1, 6)), launch("halves", resume=True)]
+    launches.append(
+        module_setup.launch("bad", "mean.batch_size=100", recipe=file)
+        | {"program": "tests.launch.toy:ToyProgram"}
+    )
+    return run_ranks("tests.launch.runs:drive", 2, module_setup.folder / "ranks", launches=launches)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_has_every_bit_of_a_whole_one(outcomes, module_setup, stage):
+    first = 3 * STAGES.index(stage)
+    assert [outcomes[0][first + i][0] for i in range(3)] == [0, 143, 0], outcomes[0][first]
+    whole, halves = (module_setup.folder / f"{name}{stage}" for name in ("whole", "halves"))
+    last = f"step_{NUM_CYCLES:08d}"
+    assert checkpoints(whole) == checkpoints(halves) == ["latest", last]
+    ours, theirs = (contents(run / "checkpoints" / last) for run in (whole, halves))
+    names = [name for name in theirs if name.startswith(("own_", "shared", "model"))]
+    assert {"own_00000.safetensors/seen", "own_00001.safetensors/seen"} < set(names)
+    assert [ours[name] for name in names] == [theirs[name] for name in names]
+    assert ours["own_00000.safetensors/seen"] != ours["own_00001.safetensors/seen"]
+    told = [[r for r in records(run) if "test/count" in r] for run in (whole, halves)]
+    assert told[0] == told[1]
+    assert [(r["cycle"], r["test/count"]) for r in told[0]] == [(5, 5.0), (10, 10.0)]
+
+
+def test_the_rate_rises_and_falls_in_a_line(outcomes, module_setup):
+    rates = [r["mean/lr"] for r in records(module_setup.folder / "whole0") if "mean/lr" in r]
+    warmup, total = 2, NUM_CYCLES
+    line = [(total - step) / (total - warmup) for step in range(warmup, total)]
+    assert rates == pytest.approx([0.0, 0.025, *(0.05 * value for value in line)])
+
+
+def test_result_report_and_picture_are_left(outcomes, module_setup):
+    folder = module_setup.folder / "whole0"
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["protocol"], result["test/count"], result["method"]) == ("toy", 10.0, "toy")
+    page = (folder / "report.md").read_text()
+    assert "| protocol | toy |" in page and "| test/loss | 0.25 |" in page
+    assert "--host localhost" in page and f"({NUM_IMAGES} for mean)" in page
+    assert json.loads((folder / "summary.json").read_text())["mean_steps"] == NUM_CYCLES
+    with Image.open(folder / "square.png") as picture:
+        assert picture.size == (4, 4)
+
+
+def test_what_a_program_refuses_is_said_before_ranks_start(outcomes, module_setup):
+    code, stderr = outcomes[0][-1]
+    assert code == 2 and "error: mean.batch_size is too large: lower it" in stderr
+    assert not (module_setup.folder / "bad").exists()
+
+
+def test_a_recipe_of_another_kind_is_refused(module_setup, beton):
+    from mlomae.errors import UserError
+    from mlomae.program import make_job
+    from mlomae.recipe import Recipe
+
+    with pytest.raises(UserError, match="method is toy, but this command trains mlo_mae and mae"):
+        make_job(Recipe, recipe(module_setup.folder, beton), module_setup.config())

@@ -1,0 +1,111 @@
+"""A program of the smallest kind: mean colours by gradient descent, with state of every sort."""
+
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_ffcv import inspect_images, open_stream
+from mlomae.averaging import WeightAverage
+from mlomae.errors import UserError
+from mlomae.program import Job, Program
+from mlomae.recipe import LevelRecipe, RunRecipe
+from mlomae.task import Task, count_cycles
+
+
+class ToyRecipe(RunRecipe):
+    """One level, `mean`."""
+
+    method: Literal["toy"]
+    mean: LevelRecipe
+
+    @property
+    def levels(self) -> dict[str, LevelRecipe]:
+        return {"mean": self.mean}
+
+
+def loss(models: Any, images: Tensor) -> Tensor:
+    return (models["mean"](images.flatten(2).mean(2)) - 1).square().mean()
+
+
+class ToyTask(Task):
+    """Counts its cycles, sums what each rank has seen, and averages its weights."""
+
+    def __init__(self, recipe: ToyRecipe, levels: dict[str, Any], num_images: int) -> None:
+        super().__init__(recipe, levels, num_images)
+        self.average = WeightAverage(levels["mean"], 0.5)
+        self.num_counted = torch.zeros((), dtype=torch.int64)
+        self.seen = torch.zeros(3)
+
+    def open(self, cycle: int, stack: ExitStack) -> None:
+        data, world_size = self.recipe.data, dist.get_world_size()
+        stream = open_stream(
+            data.train,
+            augmentation=data.augmentation.build(8),
+            batch_size=self.recipe.levels["mean"].batch_size // world_size,
+            seed=0,
+            mean=data.mean,
+            std=data.std,
+            start_batch=cycle,
+            rank=dist.get_rank(),
+            world_size=world_size,
+        )
+        self.streams["mean"] = stack.enter_context(stream)
+
+    def cycle(self) -> None:
+        images, _ = self.draw("mean")
+        self.levels["mean"].step(images)
+        self.measure("mean")
+        self.average.update()
+        self.num_counted += 1
+        self.seen += images.mean((0, 2, 3))
+
+    def evaluate(self) -> dict[str, float]:
+        return {"test/count": float(self.num_counted), "test/loss": 0.25}
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        return {"square": np.zeros((4, 4, 3), np.uint8)}
+
+    def shared_state(self) -> dict[str, Tensor]:
+        return {"num_counted": self.num_counted}
+
+    def rank_state(self) -> dict[str, Tensor]:
+        return {"seen": self.seen, **self.average.state_dict()}
+
+    def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+        self.num_counted.copy_(shared["num_counted"])
+        self.seen.copy_(own["seen"])
+        self.average.load_state_dict(own)
+
+    def result(self) -> dict[str, Any]:
+        return {"protocol": "toy"}
+
+    def report(self) -> list[tuple[str, str]]:
+        return [("protocol", "toy")]
+
+
+class ToyProgram(Program[ToyRecipe]):
+    """What `drive` launches."""
+
+    schema = ToyRecipe
+
+    def module(self, recipe: ToyRecipe, name: str) -> nn.Module:
+        torch.manual_seed(recipe.seed)
+        return nn.Linear(3, 2)
+
+    def check(self, job: Job[ToyRecipe]) -> None:
+        self.num_images = inspect_images(job.recipe.data.train).num_samples
+        if self.num_images < job.recipe.mean.batch_size:
+            raise UserError("mean.batch_size is too large: lower it")
+
+    def build(self, job: Job[ToyRecipe]) -> ToyTask:
+        level = job.build_level(
+            "mean",
+            self.module(job.recipe, "mean"),
+            loss=loss,
+            num_cycles=count_cycles(job.recipe, self.num_images),
+        )
+        return ToyTask(job.recipe, {"mean": level}, self.num_images)
