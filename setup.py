@@ -21,6 +21,8 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4.3",
+        "scikit-learn>=1.4",  # scores of clusterings; an independent reference in tests
+        "scipy>=1.10",  # optimal matching of clusters and classes
         "simplejpeg>=1.7",
         "tensorboard>=2.16",
         "torchmetrics>=1.4",
@@ -45,8 +47,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
-            "scikit-learn>=1.4",  # an independent reference in the tests of eval
-            "transformers>=4.46",  # likewise of the models and their weights
+            "transformers>=4.46",  # an independent reference of the models and their weights
             "webdataset>=0.2.86",  # likewise of tar files
         ],
     },

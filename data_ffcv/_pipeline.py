@@ -102,6 +102,10 @@ class Pipeline:
             self._erase(images, number, batch)
         return (*views, target.long())
 
+    def sample_numbers(self, batch: "Loaded") -> torch.Tensor:
+        """Returns which samples of the file a batch holds, int64 [batch_size], on the device."""
+        return torch.tensor(batch.indices, dtype=torch.int64, device=self._device)
+
     def _erase(self, images: torch.Tensor, number: int, batch: "Loaded") -> None:
         view = self.views[number]
         if view.random_erasing_prob == 0:

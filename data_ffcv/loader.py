@@ -28,9 +28,9 @@ class Stream:
     """Endless iterator of batches; made by `open_stream`.
 
     Also a context manager. A batch is (images, labels), with one tensor of images for each view,
-    or (images, masks). Images are float32 [batch_size, 3, height, width], labels int64
-    [batch_size], masks int64 [batch_size, height, width]. All are on the stream's device and owned
-    by the caller, who may keep them.
+    or (images, masks); sample numbers, int64 [batch_size], follow where they were asked for. Images
+    are float32 [batch_size, 3, height, width], labels int64 [batch_size], masks int64 [batch_size,
+    height, width]. All are on the stream's device and owned by the caller, who may keep them.
 
     Attributes:
         backend: ``ffcv`` or ``threads``.
@@ -40,12 +40,18 @@ class Stream:
     """
 
     def __init__(
-        self, pipeline: Pipeline, plan: Iterator["BatchPlan"], num_batches: int, start_batch: int
+        self,
+        pipeline: Pipeline,
+        plan: Iterator["BatchPlan"],
+        num_batches: int,
+        start_batch: int,
+        with_numbers: bool = False,
     ) -> None:
         self.backend = pipeline.backend
         self.num_batches_per_epoch = num_batches
         self.batches_drawn = start_batch
         self._pipeline = pipeline
+        self._with_numbers = with_numbers
         self._batches = pipeline.start(plan)
         # Runs once: on close(), when the stream is collected, or at the interpreter's exit.
         self._finalizer = weakref.finalize(self, _stop, pipeline, self._batches)
@@ -60,7 +66,8 @@ class Stream:
         self._pipeline.wait()
         batch = next(self._batches)
         self.batches_drawn += 1
-        return self._pipeline.finish(batch)
+        tensors = self._pipeline.finish(batch)
+        return (*tensors, self._pipeline.sample_numbers(batch)) if self._with_numbers else tensors
 
     def close(self) -> None:
         """Stops and joins the loading threads; a second call does nothing."""
@@ -124,6 +131,7 @@ def open_stream(
     rank: int = 0,
     world_size: int = 1,
     start_batch: int = 0,
+    with_numbers: bool = False,
     num_workers: int = 1,
     backend: Backend = "auto",
     device: str | torch.device = "cpu",
@@ -146,6 +154,7 @@ def open_stream(
         rank: This process.
         world_size: Number of processes; all must pass the same other arguments.
         start_batch: Batches to skip. Skipping is free: nothing is decoded.
+        with_numbers: Each batch ends with the numbers of its samples in the file.
         num_workers: Decoding threads, at most the cores this process may use.
         backend: ``ffcv`` reads a ``.beton`` through FFCV's loader; ``threads`` reads it, or a
             folder, with threads of its own, and gives the same batches. ``auto`` takes FFCV
@@ -178,7 +187,7 @@ def open_stream(
             f"{batch_size * world_size}; lower batch_size"
         )
     plan = _plan_epochs(samples, stream_seed, batch_size, rank, world_size, start_batch)
-    return Stream(pipeline, plan, num_batches, start_batch)
+    return Stream(pipeline, plan, num_batches, start_batch, with_numbers)
 
 
 def open_eval_loader(

@@ -1,5 +1,8 @@
-"""Evaluation of a trained encoder: k-nearest neighbours and linear probe.
+"""Evaluation of a trained encoder: each a command and functions.
 
-Each evaluation is a command (`python -m eval.knn`, `python -m eval.linear_probe`) and a function;
-`python -m eval.compare` puts several encoders into one table.
+On frozen features, which are encoded once and kept on disk: `knn`, `low_shot`, `clustering`,
+`cached_probe`. `reconstruct` looks at the decoder, `compare` puts several encoders into one table.
+`linear_probe`, `finetune` and `segment` train: they are runs with recipes.
 """
+
+import mlomae  # noqa: F401  (first: it mends torchvision beside a CPU build of torch)

@@ -1,4 +1,4 @@
-"""Several encoders in one table: k-NN and linear probe, with an untrained encoder as the floor.
+"""Several encoders in one table: k-NN and cached probe, with an untrained encoder as the floor.
 
     python -m eval.compare --train train.beton --test test.beton --output result.json \\
         [RUN ...] [--init_from PATH ...]
@@ -16,31 +16,36 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from eval import cli, knn, linear_probe
+from eval import _flags, _result, cached_probe, cli, knn
+from eval._processes import rank
 from eval.encoders import Encoder, of_run
 from eval.features import ImageSets
 from mlomae.errors import UserError
 
 
-def compare(encoders: list[Encoder], sets: ImageSets, device: torch.device) -> list[dict[str, Any]]:
-    """Evaluate every encoder.
+def compare(
+    encoders: list[Encoder], sets: ImageSets, features: Path, device: torch.device
+) -> list[dict[str, Any]]:
+    """Evaluate every encoder, with its features on disk in a folder. All ranks must call.
 
     Returns:
-        One row per encoder: its name, source, the results of `knn` and `linear_probe`, and seconds.
+        One row per encoder: its name, source, the results of `knn` and `cached_probe`, and seconds.
     """
     return [
-        {"encoder": encoder.name, **encoder.source, **_evaluate(encoder, sets, device)}
+        {"encoder": encoder.name, **encoder.source, **_evaluate(encoder, sets, features, device)}
         for encoder in encoders
     ]
 
 
-def _evaluate(encoder: Encoder, sets: ImageSets, device: torch.device) -> dict[str, Any]:
+def _evaluate(
+    encoder: Encoder, sets: ImageSets, features: Path, device: torch.device
+) -> dict[str, Any]:
     start = time.perf_counter()
-    data = sets.encode(encoder, device)
+    data = sets.encode(encoder, features, device)
     return {
         **cli.describe(data),
-        "knn": knn.evaluate(data, knn.KnnSettings()),
-        "linear_probe": linear_probe.evaluate(data, linear_probe.ProbeSettings()),
+        "knn": knn.evaluate(data, knn.KnnSettings(), device),
+        "cached_probe": cached_probe.evaluate(data, cached_probe.ProbeSettings(), device),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -58,9 +63,9 @@ def _encoders(args: argparse.Namespace) -> list[Encoder]:
 
 
 def _show(rows: list[dict[str, Any]], file: Path) -> None:
-    table = Table("encoder", "k-NN", "linear probe", Column("checkpoint", overflow="fold"))
+    table = Table("encoder", "k-NN", "cached probe", Column("checkpoint", overflow="fold"))
     for row in rows:
-        accuracies = [f"{100 * row[name]['accuracy']:.2f} %" for name in ("knn", "linear_probe")]
+        accuracies = [f"{100 * row[name]['accuracy']:.2f} %" for name in ("knn", "cached_probe")]
         source = row.get("checkpoint") or row["init_from"][0]
         table.add_row(row["encoder"], *accuracies, source)
     console = Console()
@@ -71,10 +76,12 @@ def _show(rows: list[dict[str, Any]], file: Path) -> None:
 def _run(args: argparse.Namespace) -> None:
     sets = ImageSets(args.train, args.test, args.num_train_images)
     encoders = _encoders(args)
-    cli.make_parent(args.output)
-    rows = compare(encoders, sets, cli.default_device())
-    cli.write_json(args.output, {"train": args.train, "test": args.test, "encoders": rows})
-    _show(rows, args.output)
+    features = args.features or args.output.parent / "features"
+    _result.make_folder(args.output.parent, "--output")
+    rows = compare(encoders, sets, features, cli.default_device())
+    if rank() == 0:
+        _result.write_json(args.output, {"train": args.train, "test": args.test, "encoders": rows})
+        _show(rows, args.output)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,11 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "checkpoints", nargs="*", type=Path, metavar="RUN", help="run or checkpoint folders"
     )
-    cli.add_weights_arguments(parser, parser)
-    cli.add_data_arguments(parser)
+    _flags.add_weights_arguments(parser, parser)
+    _flags.add_train_argument(parser)
+    _flags.add_num_train_argument(parser)
+    _flags.add_test_argument(parser)
+    _flags.add_features_argument(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of the launcher
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON result")
-    args = parser.parse_args(argv)
-    return cli.run(lambda: _run(args))
+    return cli.run(parser, argv, _run)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Features of whole images: what the frozen encoder says about a training and a test file."""
 
-from dataclasses import dataclass, replace
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_ffcv import (
     Augmentation,
@@ -16,37 +19,118 @@ from data_ffcv import (
     open_eval_loader,
     split_by_class,
 )
+from eval._processes import all_agree, barrier, rank, tracked, world_size
+from eval._store import Features, FeatureStore
 from eval.encoders import Encoder
 from mlomae.errors import UserError
-from mlomae.models import MaskedAutoencoder
 
-_BATCH_SIZE = 256
+BATCH_SIZE = 256
 _SUBSET_SEED = 0
 
 
 class LabelledFeatures(NamedTuple):
-    """Class-token features with the class of each image."""
+    """Features of a set of images with the class of each."""
 
-    features: Tensor  # float32 [n, D]
-    labels: Tensor  # int64 [n]
+    features: Features  # n rows, float32 [D] each
+    labels: Tensor  # int64 [n], on the CPU
 
 
 @dataclass(frozen=True)
 class EncodedSets:
-    """What an evaluation reads: features of both files, on one device."""
+    """What an evaluation reads: features of a training and a test set."""
 
     train: LabelledFeatures
     test: LabelledFeatures
     num_classes: int
 
 
-class ImageSets:
-    """A training and a test file with the same classes.
+class ImageSet:
+    """A file of labelled images, or some of them.
 
     Attributes:
-        train: The file whose labels an evaluation learns from.
-        test: The file on which it is counted.
-        train_indices: The training images used, a sorted int64 array, or None for all.
+        info: the whole file.
+        indices: the images used, a sorted int64 array, or None for all.
+    """
+
+    def __init__(self, path: str | Path, indices: np.ndarray | None = None) -> None:
+        """Checks the file, a ``.beton`` or a folder of class folders.
+
+        Raises:
+            DataError: it is missing or damaged.
+            UserError: it holds masks.
+        """
+        self.info = inspect_images(path)
+        self.indices = indices
+        if self.info.labels is None:
+            raise UserError(f"{path} holds masks: give a file with class labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of each image used, int64 [n]."""
+        return self.info.labels if self.indices is None else self.info.labels[self.indices]
+
+    def loader(
+        self,
+        encoder: Encoder,
+        device: torch.device,
+        rows: np.ndarray,
+    ) -> EvalLoader:
+        """The un-augmented images of some rows of this set, normalised as the encoder wants."""
+        indices = np.arange(self.info.num_samples) if self.indices is None else self.indices
+        return open_eval_loader(
+            self.info.path,
+            augmentation=eval_augmentation(self.info, encoder.model.image_size),
+            batch_size=BATCH_SIZE,
+            mean=encoder.mean,
+            std=encoder.std,
+            indices=indices[rows],
+            num_workers=encoder.num_workers,
+            device=device,
+        )
+
+    def encode(self, encoder: Encoder, folder: Path, device: torch.device) -> LabelledFeatures:
+        """Features of the images, read from the folder or encoded into it. All ranks must call.
+
+        Every rank encodes its share of the chunks which are not there yet; the batches are the same
+        for any number of ranks. The features of all images of a file serve any part of them.
+
+        Raises:
+            UserError: the folder cannot be written, or is not the same one on all ranks.
+        """
+        labels = torch.from_numpy(np.asarray(self.labels, np.int64))
+        identity = _identity(encoder, self.info)
+        if self.indices is not None:
+            whole = FeatureStore(folder, identity, self.info.num_samples)
+            if all_agree(whole.is_complete()):
+                return LabelledFeatures(whole.read()[self.indices], labels)
+            identity["indices"] = hashlib.sha256(self.indices.tobytes()).hexdigest()
+        store = FeatureStore(folder, identity, len(self))
+        store.prepare()
+        self._fill(store, encoder, device)
+        barrier()
+        return LabelledFeatures(store.read(), labels)
+
+    def _fill(self, store: FeatureStore, encoder: Encoder, device: torch.device) -> None:
+        mine = [n for n in range(rank(), store.num_chunks, world_size()) if not store.has(n)]
+        if not mine:
+            return
+        rows = np.concatenate([store.rows(number) for number in mine])
+        batches = extract_features(encoder.model, self.loader(encoder, device, rows), device)
+        for number in mine:
+            num_batches = -(-len(store.rows(number)) // BATCH_SIZE)
+            store.write(number, torch.cat([next(batches) for _ in range(num_batches)]))
+        next(batches, None)  # lets the loader and the progress bar end
+
+
+class ImageSets:
+    """A training and a test set with the same classes.
+
+    Attributes:
+        train: whose labels an evaluation learns from.
+        test: on which it is counted.
     """
 
     def __init__(
@@ -64,49 +148,35 @@ class ImageSets:
             DataError: A file is missing or damaged.
             UserError: The files differ in their classes.
         """
-        self.train, self.test = inspect_images(train), inspect_images(test)
-        _check_same_classes(self.train, self.test)
-        self.train_indices = None
-        if num_train_images is not None and num_train_images < self.train.num_samples:
-            fraction = num_train_images / self.train.num_samples
-            _, self.train_indices = split_by_class(self.train.labels, fraction, _SUBSET_SEED)
+        self.train, self.test = ImageSet(train), ImageSet(test)
+        _check_same_classes(self.train.info, self.test.info)
+        if num_train_images is not None and num_train_images < len(self.train):
+            fraction = num_train_images / len(self.train)
+            _, self.train.indices = split_by_class(self.train.labels, fraction, _SUBSET_SEED)
 
-    def encode(self, encoder: Encoder, device: torch.device) -> EncodedSets:
-        """Features of both files from un-augmented images, normalised as the encoder wants."""
-        model = encoder.model.to(device).eval()
+    @property
+    def num_classes(self) -> int:
+        """Classes of both files."""
+        return self.train.info.num_classes
 
-        def loader(info: ImagesInfo) -> EvalLoader:
-            return open_eval_loader(
-                info.path,
-                augmentation=eval_augmentation(info, model.image_size),
-                batch_size=_BATCH_SIZE,
-                mean=encoder.mean,
-                std=encoder.std,
-                indices=self.train_indices if info is self.train else None,
-                num_workers=encoder.num_workers,
-                device=device,
-            )
-
-        return EncodedSets(
-            extract_features(model, loader(self.train), device),
-            extract_features(model, loader(self.test), device),
-            self.train.num_classes,
-        )
+    def encode(self, encoder: Encoder, folder: Path, device: torch.device) -> EncodedSets:
+        """Features of both sets, see `ImageSet.encode`. All ranks must call."""
+        train, test = (s.encode(encoder, folder, device) for s in (self.train, self.test))
+        return EncodedSets(train, test, self.num_classes)
 
 
+@torch.no_grad()
 def extract_features(
-    model: MaskedAutoencoder, loader: EvalLoader, device: torch.device
-) -> LabelledFeatures:
-    """Class-token features of every image of a loader, in its order, on the device.
+    model: nn.Module, loader: EvalLoader, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield the features of each batch of a loader, float32 [B, D] on the CPU.
 
-    Shows a progress bar. The model runs as it comes: in eval mode, and on the device.
+    The first rank shows a progress bar.
     """
-    features, labels = [], []
-    with torch.no_grad():
-        for images, targets in track(loader, f"features of {loader.info.path.name}"):
-            features.append(model(images.to(device)).float())
-            labels.append(targets.to(device))
-        return LabelledFeatures(torch.cat(features), torch.cat(labels))
+    model = model.to(device).eval()
+    title = f"features of {loader.info.path.name}"
+    for images, _ in tracked(loader, title):
+        yield model(images.to(device)).float().cpu()
 
 
 def eval_augmentation(info: ImagesInfo, image_size: int | tuple[int, int]) -> Augmentation:
@@ -122,10 +192,34 @@ def eval_augmentation(info: ImagesInfo, image_size: int | tuple[int, int]) -> Au
     return replace(whole, resize=height if height == width else (height, width))
 
 
+def _identity(encoder: Encoder, info: ImagesInfo) -> dict[str, Any]:
+    """What decides the features of all images of a file."""
+    model = encoder.model
+    return {
+        "encoder": encoder.fingerprint,
+        "image_size": list(model.image_size),
+        "num_heads": model.num_heads,
+        "global_pool": model.global_pool,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "augmentation": repr(asdict(eval_augmentation(info, model.image_size))),
+        "images": str(info.path.resolve()),
+        "num_images": info.num_samples,
+        "version": _version(info),
+    }
+
+
+def _version(info: ImagesInfo) -> str:
+    """Changes with a file's size or time, and with the images of a class folder."""
+    if info.path.is_file():
+        status = info.path.stat()
+        return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+    with os.scandir(info.path) as entries:
+        folders = sorted((e.name, e.stat().st_mtime_ns) for e in entries if e.is_dir())
+    return hashlib.sha256(repr((folders, info.labels.tobytes())).encode()).hexdigest()
+
+
 def _check_same_classes(train: ImagesInfo, test: ImagesInfo) -> None:
-    for info in (train, test):
-        if info.labels is None:
-            raise UserError(f"{info.path} holds masks: give a file with class labels")
     if train.num_classes != test.num_classes:
         raise UserError(
             f"{train.path} has {train.num_classes} classes, but {test.path} has "

@@ -1,21 +1,38 @@
 """k-nearest-neighbour evaluation of a frozen encoder.
 
     python eval/knn.py --checkpoint RUN --train train.beton --test test.beton
+    deepspeed eval/knn.py --recipe knn_mae_ct --checkpoint RUN --train T.beton --test V.beton
 
-The k training images with the most similar features vote for the class of a test image.
+The k training images with the most similar features vote for the class of a test image. Several
+processes share the encoding and the test images; the result is the same for any number of them.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import cli
-from eval.features import EncodedSets
+from eval import _flags, cli
+from eval._preprocess import Standardizer
+from eval._processes import rank, sum_over_ranks, world_size
+from eval.features import EncodedSets, ImageSets
 from mlomae.errors import UserError
+
+Weighting = Literal["exponential", "uniform"]
+
+_PROTOCOL = """
+Features of un-augmented images, L2-normalised (`standardize`: every dimension is first standardised
+by mean and deviation of the training features). The k training images of the largest cosine
+similarity s vote for the class of a test image with weight exp(s / temperature), or with equal ones
+(`weighting` uniform). No setting was chosen on the test images. Published k-NN numbers do not say
+whether features were standardised: compare with the same setting only.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,86 +43,144 @@ class KnnSettings:
     """Neighbours that vote."""
     temperature: float = 0.07
     """Divides the cosine similarity: small values let the nearest decide."""
+    weighting: Weighting = "exponential"
+    """`uniform` gives each neighbour one vote, whatever the temperature."""
+    standardize: bool = False
+    """Standardise every dimension by the training features first."""
 
 
 def knn_predict(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
+    bank: Sequence[Tensor],
+    bank_labels: Tensor,
+    queries: Tensor,
     *,
     num_classes: int,
     k: int = KnnSettings.k,
     temperature: float = KnnSettings.temperature,
+    weighting: Weighting = KnnSettings.weighting,
     chunk_size: int = 4096,
 ) -> Tensor:
-    """Class of each test image by the weighted vote of its nearest training images.
+    """Class of each query by the weighted vote of its nearest training images.
 
     Features are L2-normalised; a neighbour of cosine similarity s votes with exp(s / temperature).
 
     Args:
-        train_features: [n, D].
-        train_labels: int64 [n].
-        test_features: [m, D], on the same device.
+        bank: features of the training images in parts [c, D], iterated once for each chunk of
+            queries; a part is on the device of the queries, or is brought there by the iteration.
+        bank_labels: int64 [n], of all parts.
+        queries: [m, D].
         num_classes: Labels are in [0, num_classes).
         k: Neighbours that vote, at most n.
         temperature: Sharpness of the vote, positive.
-        chunk_size: Images of either side compared at once: bounds the memory at its square and
-            does not change the result.
+        weighting: `uniform` lets all neighbours count alike.
+        chunk_size: Queries compared at once: bounds the memory and does not change the result.
 
     Returns:
-        Predicted classes, int64 [m].
+        Predicted classes, int64 [m]; among equal votes the first class.
 
     Raises:
         UserError: There are fewer than k training images.
 
     Source: Lehner et al., arXiv 2304.10520 (MAE-CT), after Wu et al., arXiv 1805.01978.
     """
-    if not 1 <= k <= len(train_features):
-        raise UserError(
-            f"k is {k}, but must be from 1 to the {len(train_features)} training images"
-        )
-    bank = F.normalize(train_features, dim=1)
-    votes = []
-    for queries in F.normalize(test_features, dim=1).split(chunk_size):
-        similarity, index = _nearest(queries, bank, k, chunk_size)
+    _check_k(k, len(bank_labels))
+    labels = bank_labels.to(queries.device)
+    predictions = []
+    for chunk in F.normalize(queries, dim=1).split(chunk_size):
+        similarity, index = _nearest(chunk, bank, k)
         # Relative to the nearest, since exp(s / temperature) itself may overflow.
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
-        vote = weight.new_zeros(len(queries), num_classes)
-        votes.append(vote.scatter_add_(1, train_labels[index], weight).argmax(dim=1))
-    return torch.cat(votes)
+        if weighting == "uniform":
+            weight = torch.ones_like(weight)
+        vote = weight.new_zeros(len(chunk), num_classes)
+        predictions.append(vote.scatter_add_(1, labels[index], weight).argmax(dim=1))
+    return torch.cat(predictions) if predictions else labels[:0]
 
 
-def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """The k largest similarities [q, k] of queries [q, D] to bank [n, D], and their rows."""
+def _check_k(k: int, num_train_images: int) -> None:
+    if not 1 <= k <= num_train_images:
+        raise UserError(f"k is {k}, but must be from 1 to the {num_train_images} training images")
+
+
+def _nearest(queries: Tensor, bank: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k largest similarities [q, k] of queries [q, D] to the bank, and their rows."""
     best_similarity = queries.new_empty(len(queries), 0)
     best_index = torch.empty_like(best_similarity, dtype=torch.int64)
-    for start in range(0, len(bank), chunk_size):
-        chunk = queries @ bank[start : start + chunk_size].T
-        similarity, index = chunk.topk(min(k, chunk.shape[1]), dim=1)
+    start = 0
+    for part in bank:
+        similarity = queries @ F.normalize(part, dim=1).T
+        similarity, index = similarity.topk(min(k, len(part)), dim=1)
         similarity = torch.cat([best_similarity, similarity], dim=1)
         index = torch.cat([best_index, start + index], dim=1)
         best_similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
         best_index = index.gather(1, order)
+        start += len(part)
     return best_similarity, best_index
 
 
-def evaluate(data: EncodedSets, settings: KnnSettings) -> dict[str, Any]:
-    """Accuracy on the test images, in [0, 1], with the settings that gave it."""
-    predictions = knn_predict(
-        *data.train, data.test.features, num_classes=data.num_classes, **asdict(settings)
-    )
-    accuracy = (predictions == data.test.labels).double().mean().item()
+class _Bank(Sequence[Tensor]):
+    """Training features, brought to the device and standardised part by part at each iteration."""
+
+    def __init__(self, data: EncodedSets, device: str | torch.device, standardize: bool) -> None:
+        self.features, self.device = data.train.features, device
+        self.transform = Standardizer.of(self.features, device) if standardize else lambda x: x
+
+    def __len__(self) -> int:
+        return self.features.num_parts
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.transform(self.features.part(number, self.device))
+
+
+def evaluate(
+    data: EncodedSets, settings: KnnSettings, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Accuracy on the test images, in [0, 1], with the settings that gave it. All ranks must call.
+
+    Each rank predicts its share of the test images.
+    """
+    bank = _Bank(data, device, settings.standardize)
+    share = np.arange(rank(), len(data.test.labels), world_size())
+    queries = bank.transform(data.test.features[share].load(device))
+    how = asdict(settings)
+    how.pop("standardize")
+    predictions = knn_predict(bank, data.train.labels, queries, num_classes=data.num_classes, **how)
+    correct = predictions.cpu() == data.test.labels[share]
+    accuracy = float(sum_over_ranks(correct.sum())) / len(data.test.labels)
     return {"accuracy": accuracy, "settings": asdict(settings)}
+
+
+def _run(args: argparse.Namespace) -> None:
+    settings = KnnSettings(args.k, args.temperature, args.weighting, args.standardize)
+    sets = ImageSets(args.train, args.test, args.num_train_images)
+    _check_k(settings.k, len(sets.train))
+
+    def examine(job: cli.Job) -> dict[str, Any]:
+        data = job.encode(sets)
+        return {**cli.describe(data), **evaluate(data, settings, job.device)}
+
+    cli.evaluate_encoder(args, "knn", examine, _PROTOCOL)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = cli.build_parser("eval/knn.py", __doc__)
-    parser.add_argument("--k", type=cli.positive_int, default=KnnSettings.k)
-    parser.add_argument("--temperature", type=cli.positive_float, default=KnnSettings.temperature)
-    args = parser.parse_args(argv)
-    settings = KnnSettings(args.k, args.temperature)
-    return cli.run(lambda: cli.evaluate_encoder(args, "knn", lambda data: evaluate(data, settings)))
+    parser = _flags.build_parser("eval/knn.py", __doc__)
+    _flags.add_features_argument(parser)
+    _flags.add_train_argument(parser)
+    _flags.add_num_train_argument(parser)
+    default = KnnSettings()
+    parser.add_argument("--k", type=_flags.positive_int, default=default.k)
+    parser.add_argument("--temperature", type=_flags.positive_float, default=default.temperature)
+    parser.add_argument(
+        "--weighting", choices=("exponential", "uniform"), default=default.weighting
+    )
+    parser.add_argument(
+        "--standardize",
+        action=argparse.BooleanOptionalAction,
+        default=default.standardize,
+        help="standardise features by mean and deviation of the training features",
+    )
+    return cli.run(parser, argv, _run)
 
 
 if __name__ == "__main__":

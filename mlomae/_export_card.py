@@ -24,8 +24,8 @@ CONTENTS = {
 METHODS = {
     "random": "MAE (arXiv 2111.06377), random masks",
     "block": "MAE (arXiv 2111.06377), random masks in blocks (as arXiv 2106.08254)",
-    "mlp": "MLO-MAE (arXiv 2402.18128), masks learned from classification",
-    "light": "MLO-MAE (arXiv 2402.18128), masks learned from classification",
+    "mlp": "MLO-MAE (arXiv 2402.18128), learned masks",
+    "light": "MLO-MAE (arXiv 2402.18128), learned masks",
 }
 NOTES = {
     "timm": [
@@ -103,7 +103,7 @@ def read_measurements(checkpoint: Path) -> dict[str, Any]:
 
     Returns:
         `summary` (of the run's end), `last_record` (of metrics.jsonl, up to this checkpoint) and
-        `evaluations` (of this checkpoint, by file name), as far as they exist.
+        `evaluations` (of this checkpoint, by folder), as far as they exist.
     """
     run = run_folder(checkpoint)
     state = _read_json(checkpoint / "state.json") or {}
@@ -116,8 +116,8 @@ def read_measurements(checkpoint: Path) -> dict[str, Any]:
     records = read_metrics(run) if (run / METRICS_FILE).is_file() else []
     if records := [record for record in records if record["cycle"] <= cycle]:
         measured["last_record"] = records[-1]
-    files = sorted((run / "eval").rglob("*.json"))
-    results = {str(f.relative_to(run / "eval").with_suffix("")): _read_json(f) for f in files}
+    files = sorted((run / "eval").rglob("result.json"))
+    results = {str(f.parent.relative_to(run / "eval")): _read_json(f) for f in files}
     evaluations = {name: r for name, r in results.items() if _is_of(checkpoint, r)}
     return measured | ({"evaluations": evaluations} if evaluations else {})
 
@@ -147,7 +147,11 @@ def model_card(format: str, exported: Exported, measured: dict[str, Any]) -> str
     recipe = exported.recipe
     notes = [*NOTES[format], f"The features of this training are {_pooling(exported.model)}."]
     if recipe.method == "mlo_mae":
-        notes.append("**Labels were used**: its masks were learned from classification.")
+        labelled = recipe.labelled
+        notes.append(
+            f"**Labels were used**: its masks were learned from {labelled.task} of "
+            f"`{labelled.train.name}`, {labelled.num_classes} classes."
+        )
     sections = [
         f"---\nlibrary_name: {LIBRARIES[format]}\npipeline_tag: image-feature-extraction\n"
         "tags: [mlomae, masked-autoencoder]\n---",

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map
 from mlomae._recipe_section import flatten
 from mlomae.engines import TrainingLevel, build_optimizer
 from mlomae.hypergrad import WeightedLoss
-from mlomae.hypergrad.losses import Models
+from mlomae.hypergrad.losses import Loss, Models
 from mlomae.hypergrad.randomness import restored
 from mlomae.hypergrad.records import MicroBatch
 from mlomae.hypergrad.reference import OptimizerRules, ReferenceLevel, hypergradient, to_double
-from mlomae.mlo_mae import classification_loss
+from mlomae.mlo_mae import HEAD_LOSSES, UNLABELLED
 from mlomae.models.mae import num_kept
 from mlomae.randomness import hashed
 from mlomae.recipe import ModelRecipe, Recipe
@@ -35,7 +35,7 @@ NUM_CLASSES = 10
 LOWER = ("pretrain", "classifier")
 
 Weights = dict[str, Tensor]
-Labelled = tuple[Tensor, Tensor]  # images [B, 3, H, W] and labels [B]
+Labelled = tuple[Tensor, Tensor]  # images [B, 3, H, W] and labels [B] or masks [B, H, W]
 
 
 def reduce_recipe(recipe: Recipe, world_size: int) -> Recipe:
@@ -48,7 +48,8 @@ def reduce_recipe(recipe: Recipe, world_size: int) -> Recipe:
     values["model"] |= _reduced_model(recipe)
     values["masking"]["hidden_dim"] = min(recipe.masking.hidden_dim, HIDDEN_DIM)
     values["masking"] |= {"mask_ratio_end": None, "temperature_end": None}  # never reached here
-    values["data"]["num_classes"] = min(recipe.data.num_classes or 0, NUM_CLASSES)
+    labels = values["data"] if recipe.downstream is None else values["downstream"]
+    labels["num_classes"] = min(recipe.labelled.num_classes, NUM_CLASSES)
     for name, level in recipe.levels.items():
         parts = world_size * level.gradient_accumulation_steps
         size = -(-min(level.batch_size, BATCH) // parts) * parts
@@ -115,11 +116,15 @@ class RandomBatches:
         return list(self._images("pretrain").chunk(num))
 
     def labelled(self, level: str) -> Labelled:
-        """Images and labels of one step of another level."""
+        """Images and labels of a step of another level; in masks a fifth of the pixels has none."""
         images = self._images(level)
-        shape = (self._recipe.levels[level].batch_size,)
-        num_classes = self._recipe.data.num_classes or 0
-        return images, self._mine(torch.randint(num_classes, shape, generator=self._generator))
+        labelled, size = self._recipe.labelled, self._recipe.levels[level].batch_size
+        is_class = labelled.task == "classification"
+        shape = (size,) if is_class else (size, *self._recipe.model.image_size)
+        labels = torch.randint(labelled.num_classes, shape, generator=self._generator)
+        if not is_class:
+            labels[torch.rand(shape, generator=self._generator) < 0.2] = UNLABELLED
+        return images, self._mine(labels)
 
     def _images(self, level: str) -> Tensor:
         shape = (self._recipe.levels[level].batch_size, 3, *self._recipe.model.image_size)
@@ -140,6 +145,7 @@ class Truth:
         # A block that is computed again would not find the reference's weights.
         model = recipe.model.model_copy(update={"activation_checkpointing": False})
         self._recipe = recipe.model_copy(update={"model": model})
+        self._head_loss = HEAD_LOSSES[recipe.labelled.task]
         self._levels = levels
         self._device = levels["pretrain"].engine.device
         self._before = {n: deque[Any](maxlen=lv.level.num_steps) for n, lv in levels.items()}
@@ -159,7 +165,7 @@ class Truth:
 
         def validation_loss(models: Models, batch: Any) -> Tensor:
             levels[1].module.eval()  # as in training, it sees no dropout
-            return classification_loss(models, batch)
+            return self._head_loss(models, batch)
 
         target = self._module("mask", _weights(self._levels["mask"]))
         levels.append(ReferenceLevel("mask", target, validation_loss, [self._everybodys(batch)]))
@@ -173,7 +179,8 @@ class Truth:
         optimizer = build_optimizer(module, recipe)
         rules = OptimizerRules.of(optimizer, module, recipe.gradient_clipping)
         rules.memory = memory
-        loss = _PretrainLoss(self._recipe) if name == "pretrain" else _classifier_loss
+        is_first = name == "pretrain"
+        loss = _PretrainLoss(self._recipe) if is_first else _ClassifierLoss(self._head_loss)
         records = list(self._levels[name].level.records)[-num_steps:]
         batches = [[m for own in r.micro_batches for m in self._passes(own)] for r in records]
         return ReferenceLevel(name, module, loss, batches, rules)
@@ -231,10 +238,16 @@ class _PretrainLoss:
         return (self.loss.weights(models, frozen) * losses).sum()
 
 
-def _classifier_loss(models: Models, batch: Any) -> Tensor:
-    labelled, _, random_state = batch
-    random_state.restore()
-    return classification_loss(models, labelled)
+class _ClassifierLoss:
+    """The loss of the head, with the dropout of the step that was taken."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(self, models: Models, batch: Any) -> Tensor:
+        labelled, _, random_state = batch
+        random_state.restore()
+        return self.loss(models, labelled)
 
 
 class SameDraws(nn.Dropout):

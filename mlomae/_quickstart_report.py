@@ -17,7 +17,7 @@ _NAMES = {
     "mae": "MAE (random masks)",
     "untrained": "untrained",
 }
-_EVALUATIONS = {"knn": "k-NN", "linear_probe": "linear probe"}
+_EVALUATIONS = {"knn": "k-NN", "cached_probe": "cached probe"}
 _PACKAGES = ("mlomae", "torch", "deepspeed", "ffcv", "timm", "numpy")
 
 
@@ -74,7 +74,7 @@ def render_report(facts: Facts) -> str:
 
 def _table(facts: Facts) -> str:
     lines = [
-        "| encoder | k-NN | linear probe | encoder steps | training time | images/s |",
+        "| encoder | k-NN | cached probe | encoder steps | training time | images/s |",
         "|---|---|---|---|---|---|",
     ]
     for row in facts.results:
@@ -93,7 +93,7 @@ def _table(facts: Facts) -> str:
     lines += [
         "",
         f"Accuracy on the {row['num_test_images']} test images, which no training and no choice "
-        f"of a setting has seen; k-NN and linear probe learn from {row['num_train_images']} "
+        f"of a setting has seen; k-NN and cached probe learn from {row['num_train_images']} "
         f"labelled training images in {row['num_classes']} classes. Images: {facts.source}.",
     ]
     return "\n".join(lines)
@@ -145,7 +145,7 @@ def _how_to_go_on(facts: Facts) -> str:
 
 - Watch the curves: `tensorboard --logdir {folder} --host localhost`
 - Continue an interrupted training: its command above with `--resume` after the recipe.
-- Evaluate other checkpoints: `python -m eval.knn --help`, `python -m eval.linear_probe --help`
+- Evaluate other checkpoints: `python -m eval.knn --help`, `python -m eval.cached_probe --help`
 - Train on ImageNet, on a machine with GPUs: convert it with `python -m data_ffcv.convert`, then
   `deepspeed launch/pretrain.py --recipe mlo_mae_vit_base_patch16_imagenet --deepspeed_config \
 ds_configs/zero1_bf16.json data.train=TRAIN.beton`"""

@@ -17,6 +17,7 @@ from mlomae._recipe_section import FilePath, Refusal, Section
 
 _Probability = Annotated[float, Field(ge=0, le=1)]
 _Fraction = Annotated[float, Field(gt=0, lt=1)]
+_RisingPair = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
 _Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 _PositiveTriple = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
 _Jitter = Annotated[
@@ -30,10 +31,15 @@ _Jitter = Annotated[
 class AugmentationRecipe(Section):
     """What is done to training images; the colours' part is off unless it is asked for."""
 
-    kind: Literal["random_resized_crop", "pad_crop", "center_crop"] = "random_resized_crop"
+    kind: Literal["random_resized_crop", "pad_crop", "center_crop", "random_scale_crop"] = (
+        "random_resized_crop"
+    )
     """How image_size pixels are cut from an image."""
-    scale: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = (0.2, 1.0)
-    """Smallest and largest share of the area kept; random_resized_crop only."""
+    scale: _RisingPair = (0.2, 1.0)
+    """Smallest and largest share of the area kept, random_resized_crop; smallest and largest
+    factor on the image, random_scale_crop."""
+    ratio: _RisingPair = (3 / 4, 4 / 3)
+    """Smallest and largest width over height of what is cut; random_resized_crop only."""
     padding: NonNegativeInt = 4
     """Zero pixels added on each side before the crop; pad_crop only."""
     flip: bool = True
@@ -41,7 +47,11 @@ class AugmentationRecipe(Section):
     interpolation: Literal["bicubic", "area"] = "bicubic"
     """Resizing kernel; bicubic is antialiased, area is faster."""
     resize: Annotated[int, Field(ge=1)] | None = None
-    """Length that the shorter side gets before center_crop cuts; null keeps the size."""
+    """Length that the shorter side gets before center_crop cuts, or before random_scale_crop
+    applies its factor; null keeps the size."""
+    max_class_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw up to ten windows until no class has a larger share of the labelled pixels;
+    random_scale_crop only."""
     auto_augment: str = ""
     """RandAugment in timm's words, rand-m9-mstd0.5-inc1; "" is off."""
     color_jitter: _Jitter | None = None
@@ -60,8 +70,12 @@ class AugmentationRecipe(Section):
     @model_validator(mode="after")
     def _check_scale(self) -> Self:
         low, high = self.scale
-        if not low <= high <= 1:
+        if low > high:
+            raise Refusal("scale", f"is [{low}, {high}], but must be two rising numbers")
+        if high > 1 and self.kind != "random_scale_crop":
             raise Refusal("scale", f"is [{low}, {high}], but must be two rising shares in (0, 1]")
+        if self.ratio[0] > self.ratio[1]:
+            raise Refusal("ratio", f"is {list(self.ratio)}, but must be two rising numbers")
         return self
 
     def build(self, image_size: int | tuple[int, int]) -> Augmentation:
@@ -95,9 +109,23 @@ class DataRecipe(ImagesRecipe):
     """The images of pretraining."""
 
     num_classes: Annotated[int, Field(ge=2)] | None = None
-    """Number of classes of the labels; mlo_mae requires it."""
+    """Number of classes of the labels; mlo_mae requires it or a section downstream."""
     mask_fraction: _Fraction = 0.2
-    """Share of the images kept for the mask level, drawn by class and seed; mlo_mae only."""
+    """Share of the labelled images for the mask level, drawn by class and seed; mlo_mae only."""
+
+
+class DownstreamRecipe(Section):
+    """What classifier and mask learn from, where it is not classification of data.train."""
+
+    task: Literal["classification", "segmentation"]
+    """Labels of whole images, or masks with 255 for pixels without a class."""
+    train: FilePath
+    """The labelled images: a .beton file, or for classification a folder with a folder per class.
+    """
+    num_classes: Annotated[int, Field(ge=2)]
+    """Number of their classes."""
+    augmentation: AugmentationRecipe | None = None
+    """Of classifier and mask, where they have none of their own; null takes data.augmentation."""
 
 
 class LabelledRecipe(ImagesRecipe):

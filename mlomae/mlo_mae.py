@@ -11,9 +11,11 @@ from torch import Tensor
 
 from mlomae.engines import TrainingLevel, evaluating
 from mlomae.hypergrad import Estimator, Multilevel, WeightedLoss
-from mlomae.hypergrad.losses import Models
+from mlomae.hypergrad.losses import Loss, Models
 from mlomae.masks import MaskedBatch, MaskSchedule, Weighting, loss_weights
 from mlomae.models import Scorer, gumbel_keys
+
+UNLABELLED = 255  # in masks: a pixel without a class
 
 
 class Choice(NamedTuple):
@@ -128,18 +130,48 @@ def classification_loss(models: Models, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(models["classifier"](models["pretrain"](images)), labels)
 
 
+def segmentation_loss(models: Models, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Levels 2 and 3: mean cross-entropy over the pixels that have a class.
+
+    Logits of the encoder's patch tokens are resized bilinearly to the masks. Each rank averages
+    over its own pixels. Where none of them has a class, its loss is 0, and so is its gradient:
+    the other ranks decide.
+
+    Args:
+        batch: images [B, C, H, W] and masks [B, H, W], 255 for pixels without a class.
+    """
+    images, masks = batch
+    patch_logits = models["classifier"](models["pretrain"](images, as_map=True))
+    logits = F.interpolate(patch_logits, masks.shape[-2:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(
+        logits.movedim(1, -1).flatten(0, 2),
+        masks.flatten(),
+        ignore_index=UNLABELLED,
+        reduction="sum",
+    )
+    return total / (masks != UNLABELLED).sum().clamp(min=1)
+
+
+HEAD_LOSSES: dict[str, Loss] = {
+    "classification": classification_loss,
+    "segmentation": segmentation_loss,
+}
+"""The loss of levels 2 and 3 by what their labels are."""
+
+
 LEVELS: dict[str, dict[str, Any]] = {
     "pretrain": {"upper": ("mask",)},
     "classifier": {"loss": classification_loss, "lower": ("pretrain",)},
     "mask": {"loss": classification_loss, "lower": ("pretrain", "classifier")},
 }
-"""What each level's loss is and reads; `pretrain` gets a reconstruction loss of its own."""
+"""What each level's loss is and reads; `pretrain` gets a reconstruction loss of its own, and
+`HEAD_LOSSES` has others for the other two."""
 
 
 class MloMae:
     """The three levels of one MLO-MAE cycle.
 
-    `pretrain` holds encoder and decoder w, `classifier` the head C on the encoder's class token,
+    `pretrain` holds encoder and decoder w, `classifier` the head C on the encoder's features,
     `mask` the masking network theta.
 
     Args:
@@ -197,7 +229,12 @@ class MloMae:
         self.pretrain.step(*self.schedule.batches(micro_batches, self.pretrain.num_steps))
 
     def classifier_step(self, images: Tensor, labels: Tensor) -> None:
-        """Level 2: one step of C on the features of the encoder, which stays as it is."""
+        """Level 2: one step of C on the features of the encoder, which stays as it is.
+
+        Args:
+            images: [B, C, H, W].
+            labels: [B], or masks [B, H, W].
+        """
         with evaluating(self.pretrain):  # a frozen encoder drops no path
             self.classifier.step((images, labels))
 

@@ -123,6 +123,14 @@ class Pretraining(Task):
         if "mask" in self.levels:
             yield MASKING_FILE, full_weights(self.levels["mask"])
 
+    def report(self) -> list[tuple[str, str]]:
+        """What classifier and mask learned from."""
+        if not isinstance(self.method, MloMae):
+            return []
+        labelled, numbers = self.recipe.labelled, {n: i.num_images for n, i in self.images.items()}
+        shares = f"{numbers['classifier']} for classifier, {numbers['mask']} for mask"
+        return [("labels", f"{labelled.task}, {labelled.train} ({shares})")]
+
     def _measure_pretrain(self) -> None:
         self.measure("pretrain")
         self.meters.add_mask_frequency(self.method.mask_frequency)
@@ -132,7 +140,7 @@ class Pretraining(Task):
             self.meters.add("masking/score_entropy", float(_binary_entropy(scores)))
 
     def _draw_picture_images(self) -> Tensor:
-        """The first images that no encoder step trains on, where there are some; not augmented."""
+        """The mask level's first images, which few or no encoder steps train on; not augmented."""
         recipe, name = self.recipe, "mask" if "mask" in self.images else "pretrain"
         images = self.images[name]
         indices = np.arange(images.info.num_samples) if images.indices is None else images.indices

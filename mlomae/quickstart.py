@@ -46,7 +46,7 @@ from mlomae.pictures import mask_picture, save_picture
 from mlomae.recipe import load_recipe
 from mlomae.weights import load_masking_network, load_model
 
-# k-NN and linear probe learn from these; encoding all 60 000 would take as long as training
+# k-NN and cached probe learn from these; encoding all 60 000 would take as long as training
 NUM_EVAL_TRAIN_IMAGES = 10_000
 
 

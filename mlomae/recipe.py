@@ -19,7 +19,13 @@ from typing import Any, Literal, TypeVar, get_args, overload
 from pydantic import NonNegativeInt, PositiveFloat, ValidationError, model_validator
 from typing_extensions import Self
 
-from mlomae._recipe_data import AugmentationRecipe, DataRecipe, ImagesRecipe, LabelledRecipe
+from mlomae._recipe_data import (
+    AugmentationRecipe,
+    DataRecipe,
+    DownstreamRecipe,
+    ImagesRecipe,
+    LabelledRecipe,
+)
 from mlomae._recipe_levels import (
     CheckpointRecipe,
     ClassifierRecipe,
@@ -44,6 +50,7 @@ __all__ = [
     "CheckpointRecipe",
     "ClassifierRecipe",
     "DataRecipe",
+    "DownstreamRecipe",
     "EncoderRecipe",
     "HypergradientRecipe",
     "ImagesRecipe",
@@ -117,6 +124,7 @@ class Recipe(RunRecipe):
     model: ModelRecipe
     masking: MaskingRecipe
     data: DataRecipe
+    downstream: DownstreamRecipe | None = None
     pretrain: LevelRecipe
     classifier: ClassifierRecipe | None = None
     mask: LevelRecipe | None = None
@@ -127,6 +135,16 @@ class Recipe(RunRecipe):
         """The levels which the method trains, by name, lowest first."""
         levels = {"pretrain": self.pretrain, "classifier": self.classifier, "mask": self.mask}
         return {name: level for name, level in levels.items() if level is not None}
+
+    @property
+    def labelled(self) -> DownstreamRecipe:
+        """What classifier and mask learn from; the recipe must be one of `mlo_mae`."""
+        if self.downstream is not None:
+            return self.downstream
+        assert self.data.num_classes is not None
+        return DownstreamRecipe(
+            task="classification", train=self.data.train, num_classes=self.data.num_classes
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -148,7 +166,20 @@ class Recipe(RunRecipe):
             if self.method == "mae" and given:
                 problem = "is given, but method mae trains no such level: remove the section"
                 raise Refusal(name, problem)
-        if self.method == "mlo_mae" and self.data.num_classes is None:
+        return self
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        is_given = self.data.num_classes is not None
+        if self.downstream is not None and self.method != "mlo_mae":
+            problem = (
+                f"is given, but method {self.method} learns from no labels: remove the section"
+            )
+            raise Refusal("downstream", problem)
+        if self.downstream is not None and is_given:
+            problem = "is given, but the labels are those of downstream: remove it"
+            raise Refusal("data.num_classes", problem)
+        if self.method == "mlo_mae" and self.downstream is None and not is_given:
             problem = "is missing: method mlo_mae needs the number of classes, add it"
             raise Refusal("data.num_classes", problem)
         return self
@@ -322,8 +353,8 @@ def _refuse_other_method(values: dict[str, Any], schema: type[RunRecipe]) -> Non
     known = get_args(schema.model_fields["method"].annotation)
     method = values.get("method")
     if isinstance(method, str) and known and method not in known:
-        kind = " and ".join(known)
-        raise Refusal("method", f"is {method}, but this command trains {kind}: give such a recipe")
+        kind = " or ".join(known)
+        raise Refusal("method", f"is {method}, but must be {kind} here: give such a recipe or run")
 
 
 def _refuse_unknown_keys(values: dict[str, Any], schema: type[RunRecipe]) -> None:

@@ -3,20 +3,27 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from data_ffcv import inspect_images, split_by_class
+from data_ffcv import ImagesInfo, choose_backend, inspect_images, split_by_class
 from mlomae.engines import TrainingLevel
 from mlomae.errors import UserError
 from mlomae.estimators import build_estimator
 from mlomae.foreign import check_weights
 from mlomae.mae import BaselineReconstruction, Mae, baseline_scorer
 from mlomae.masks import MaskSchedule
-from mlomae.mlo_mae import LEVELS, CoupledReconstruction, FrozenReconstruction, MloMae
+from mlomae.mlo_mae import (
+    HEAD_LOSSES,
+    LEVELS,
+    CoupledReconstruction,
+    FrozenReconstruction,
+    MloMae,
+)
 from mlomae.pretraining import LevelImages, Pretraining
 from mlomae.program import Job, Program, launch
-from mlomae.recipe import Recipe
+from mlomae.recipe import AugmentationRecipe, Recipe
 from mlomae.task import count_cycles
 from mlomae.weights import BUILDERS, build_model, load_initial_weights
 
@@ -56,36 +63,63 @@ class PretrainingProgram(Program[Recipe]):
 
 
 def plan_images(recipe: Recipe) -> dict[str, LevelImages]:
-    """What each level draws from: all images, or 80 % and the rest of each class.
+    """What each level draws from.
+
+    The mask level gets its share of the labelled images, `classifier` the rest. `pretrain` gets
+    the same rest where it trains on these images, all of its own where there is a section
+    downstream, and all in plain MAE.
 
     Raises:
         UserError, DataError: they do not fit the recipe.
     """
     info = inspect_images(recipe.data.train)
-    if info.labels is None:
-        raise UserError(
-            f"data.train {recipe.data.train} holds masks: give a file with class labels"
-        )
-    indices = {"pretrain": None}
+    sources: dict[str, tuple[ImagesInfo, np.ndarray | None]] = {"pretrain": (info, None)}
     if recipe.method == "mlo_mae":
-        if info.num_classes != recipe.data.num_classes:
-            raise UserError(
-                f"data.num_classes is {recipe.data.num_classes}, but {recipe.data.train} has "
-                f"{info.num_classes} classes: set data.num_classes={info.num_classes}"
-            )
-        rest, part = split_by_class(info.labels, recipe.data.mask_fraction, recipe.seed)
-        indices = {"pretrain": rest, "classifier": rest, "mask": part}
+        labelled, rest, part = _split_labelled(recipe)
+        sources |= {"classifier": (labelled, rest), "mask": (labelled, part)}
+        if recipe.downstream is None:
+            sources["pretrain"] = labelled, rest
     images = {}
     for name, level in recipe.levels.items():
-        augmentation = level.augmentation or recipe.data.augmentation
-        images[name] = LevelImages(info, indices[name], augmentation.build(recipe.model.image_size))
+        augmentation = _augmentation(recipe, name).build(recipe.model.image_size)
+        images[name] = LevelImages(*sources[name], augmentation)
         if images[name].num_images < level.batch_size:
             raise UserError(
                 f"{name}.batch_size is {level.batch_size}, but its stream has "
                 f"{images[name].num_images} images: lower it, or give more images"
             )
-        images[name].augmentation.check_fits(info)
+        augmentation.check_fits(images[name].info)
+        if augmentation.auto_augment and name != "pretrain" and images[name].info.has_masks:
+            raise UserError(
+                f"auto_augment {augmentation.auto_augment} would turn and shear the images of "
+                f'{name}, but not their masks: set downstream.augmentation, with auto_augment ""'
+            )
     return images
+
+
+def _split_labelled(recipe: Recipe) -> tuple[ImagesInfo, np.ndarray, np.ndarray]:
+    """The images of classifier and mask, and which of them are whose, drawn by class and seed."""
+    labelled = recipe.labelled
+    section = "data" if recipe.downstream is None else "downstream"
+    choose_backend(recipe.data.backend, labelled.train)
+    info = inspect_images(labelled.train)
+    if info.has_masks != (labelled.task == "segmentation"):
+        held, wanted = ("masks", "class labels") if info.has_masks else ("no masks", "masks")
+        raise UserError(f"{section}.train {labelled.train} holds {held}: give a file with {wanted}")
+    if info.num_classes != labelled.num_classes:
+        raise UserError(
+            f"{section}.num_classes is {labelled.num_classes}, but {labelled.train} has "
+            f"{info.num_classes} classes: set {section}.num_classes={info.num_classes}"
+        )
+    labels = np.zeros(info.num_samples, int) if info.labels is None else info.labels
+    return info, *split_by_class(labels, recipe.data.mask_fraction, recipe.seed)
+
+
+def _augmentation(recipe: Recipe, name: str) -> AugmentationRecipe:
+    """The level's own, else that of its labelled images, else that of all."""
+    downstream = None if name == "pretrain" else recipe.downstream
+    of_labelled = None if downstream is None else downstream.augmentation
+    return recipe.levels[name].augmentation or of_labelled or recipe.data.augmentation
 
 
 def build_levels(job: Job[Recipe], num_cycles: int) -> dict[str, TrainingLevel]:
@@ -106,7 +140,7 @@ def coupling(recipe: Recipe, name: str) -> dict[str, Any]:
     if recipe.method == "mae":
         return {"loss": BaselineReconstruction(baseline_scorer(recipe))}
     if name != "pretrain":
-        return LEVELS[name]
+        return LEVELS[name] | {"loss": HEAD_LOSSES[recipe.labelled.task]}
     frozen = recipe.masking.scores == "frozen"
     reconstruction = FrozenReconstruction if frozen else CoupledReconstruction
     return LEVELS[name] | {"loss": reconstruction(recipe.masking.weighting)}

@@ -15,6 +15,7 @@ from mlomae.models import (
     LightMaskingNetwork,
     MaskedAutoencoder,
     MaskingNetwork,
+    SegmentationHead,
 )
 from mlomae.recipe import Recipe, load_recipe
 
@@ -56,13 +57,13 @@ def build_masking_network(recipe: Recipe) -> MaskingNetwork | LightMaskingNetwor
 
 
 def build_classifier(recipe: Recipe) -> ClassificationHead:
-    """An untrained classification head; the recipe must be one of `mlo_mae`."""
-    assert recipe.classifier is not None and recipe.data.num_classes is not None
+    """An untrained head for the recipe's labels; the recipe must be one of `mlo_mae`."""
+    assert recipe.classifier is not None
+    labelled = recipe.labelled
+    head = SegmentationHead if labelled.task == "segmentation" else ClassificationHead
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 2)
-        return ClassificationHead(
-            recipe.model.embed_dim, recipe.data.num_classes, recipe.classifier.dropout
-        )
+        return head(recipe.model.embed_dim, labelled.num_classes, recipe.classifier.dropout)
 
 
 BUILDERS: dict[str, Callable[[Recipe], nn.Module]] = {

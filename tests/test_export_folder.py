@@ -26,21 +26,24 @@ def test_card_recipe_and_measurements_are_those_of_the_checkpoint(tmp_path):
     lines = [json.dumps(record) for record in records]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"cycle": 8, "ep']))
     (tmp_path / "summary.json").write_text(json.dumps({"pretrain_steps": 9}))
-    (tmp_path / "eval").mkdir()
+    for name in ("knn", "clustering", "cached_probe"):
+        (tmp_path / "eval" / name).mkdir(parents=True)
     knn = {"checkpoint": str(checkpoint), "accuracy": 0.4321, "num_test_images": 50}
-    (tmp_path / "eval" / "knn.json").write_text(json.dumps(knn))
+    (tmp_path / "eval" / "knn" / "result.json").write_text(json.dumps(knn))
     older = knn | {"checkpoint": "elsewhere/step_00000005"}
-    (tmp_path / "eval" / "linear_probe.json").write_text(json.dumps(older))
+    (tmp_path / "eval" / "cached_probe" / "result.json").write_text(json.dumps(older))
+    clustering = {"checkpoint": str(checkpoint), "nmi": 0.5}
+    (tmp_path / "eval" / "clustering" / "result.json").write_text(json.dumps(clustering))
 
     folder = export(tmp_path, "timm")
     assert load_recipe(folder / RECIPE_FILE) == recipe
     assert json.loads((folder / "metrics.json").read_text()) == {
         "checkpoint": "step_00000007",
         "last_record": records[1],
-        "evaluations": {"knn": knn},
+        "evaluations": {"clustering": clustering, "knn": knn},
     }
     card = (folder / "README.md").read_text()
-    assert "| knn | 43.21 % | 50 |" in card and "linear_probe" not in card
+    assert "| knn | 43.21 % | 50 |" in card and "_probe" not in card and "| clustering" not in card
     assert "| epochs | 0.5 of 1.2 |" in card
     assert "**Labels were used**" in card and "CC-BY-NC" not in card
     (tmp_path / "summary.json").write_text(json.dumps({"pretrain_steps": 7}))

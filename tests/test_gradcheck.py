@@ -128,11 +128,15 @@ def test_mae_has_nothing_to_check(finished: Any) -> None:
 # --- several ranks -----------------------------------------------------------------------------
 
 
-def errors_of_unrolled() -> list[float]:
+def errors_of_unrolled(recipes: list[str]) -> list[list[float]]:
     """Errors in fp32 through all steps of a cycle: accumulated, clipped, with dropout."""
+    return [_errors_of(recipe) for recipe in recipes]
+
+
+def _errors_of(recipe: str) -> list[float]:
     overrides = ["pretrain.gradient_accumulation_steps=2", "pretrain.gradient_clipping=0.1"]
     config = str(ROOT / "ds_configs" / "cpu_zero2_fp32.json")
-    job, _ = gradcheck._job("quickstart_mlo_mae", config, overrides)
+    job, _ = gradcheck._job(recipe, config, overrides)
     bench = Bench(job.recipe, build_levels(job, gradcheck.ENDLESS))
     torch.manual_seed(torch.distributed.get_rank())
     row = next(row for row in make_rows(job.recipe) if row.steps["pretrain"] == 2)
@@ -142,9 +146,12 @@ def errors_of_unrolled() -> list[float]:
 
 
 def test_the_truth_takes_the_batches_of_all_ranks(tmp_path: Path) -> None:
-    errors = run_ranks("tests.test_gradcheck:errors_of_unrolled", 2, tmp_path)
+    """With labels of whole images, and with masks."""
+    recipes = ["quickstart_mlo_mae", "mlo_mae_vit_tiny_camvid"]
+    function = "tests.test_gradcheck:errors_of_unrolled"
+    errors = run_ranks(function, 2, tmp_path, recipes=recipes)
     assert errors[0] == errors[1]
-    assert sorted(errors[0])[2] <= 1e-5
+    assert all(sorted(errors_of_recipe)[2] <= 1e-5 for errors_of_recipe in errors[0])
 
 
 # --- the reduced problem -----------------------------------------------------------------------

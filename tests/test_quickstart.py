@@ -267,7 +267,7 @@ def facts(mlo_mae: tuple[float, float], mae: tuple[float, float], mae_steps: int
                 "encoder": name,
                 **counts,
                 "knn": {"accuracy": knn},
-                "linear_probe": {"accuracy": probe},
+                "cached_probe": {"accuracy": probe},
             }
             for name, (knn, probe) in accuracies.items()
         ],
@@ -283,7 +283,7 @@ def test_the_table_holds_the_numbers():
     assert "| MAE (random masks) | 74.0 % | 81.0 % | 750 | 40 s | 4801 |" in report
     assert "| untrained | 55.0 % | 60.0 % | 0 |" in report
     assert "k-NN: MLO-MAE is 1.1 points above MAE" in report
-    assert "linear probe: MLO-MAE is 1.0 points below MAE" in report
+    assert "cached probe: MLO-MAE is 1.0 points below MAE" in report
     assert "10000 test images" in report and "20000 labelled training images" in report
     assert "equally many steps" in report and "48000 of the 60000" in report
     assert "used the labels" in report and "one seed" in report

@@ -13,10 +13,16 @@ from mlomae.recipe import (
     differing_keys,
     dump_recipe,
     load_recipe,
+    read_values,
 )
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
-SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+# those of pretraining; other kinds of runs have schemas of their own
+SHIPPED = sorted(
+    path.stem
+    for path in RECIPES.glob("*.yaml")
+    if read_values(path).get("method") in ("mae", "mlo_mae")
+)
 QUICKSTART = "quickstart_mlo_mae"
 
 
@@ -116,6 +122,25 @@ def test_base_lr_fills_lr():
     assert level is not None and level.lr == pytest.approx(2.5e-4)
 
 
+def test_base_lr_counts_views():
+    overrides = ["pretrain.lr=null", "pretrain.base_lr=1e-3", "pretrain.batch_size=64"]
+    level = load_recipe("quickstart_mae", [*overrides, "pretrain.num_views=2"]).pretrain
+    assert level.lr == pytest.approx(1e-3 * 2 * 64 / 256)
+
+
+def test_labels_are_those_of_the_images_unless_there_is_a_section_downstream():
+    recipe = load_recipe(QUICKSTART)
+    own = recipe.labelled
+    assert (own.task, own.train, own.num_classes) == ("classification", recipe.data.train, 10)
+    section = "downstream={task: segmentation, train: scenes.beton, num_classes: 3}"
+    other = load_recipe(QUICKSTART, ["data.num_classes=null", section])
+    assert other.labelled == other.downstream and other.labelled.task == "segmentation"
+    assert sorted(differing_keys(recipe, other)) == [
+        "data.num_classes",
+        *(f"downstream.{key}" for key in ("num_classes", "task", "train")),
+    ]
+
+
 # overrides -> what the sentence must hold: key, value, mend
 REFUSED = {
     "typo": (["pretrain.batchsize=3"], "pretrain.batchsize", "pretrain.batch_size"),
@@ -177,6 +202,18 @@ REFUSED = {
     "levels of mae": (["method=mae"], "classifier", "mae", "remove the section"),
     "no classes": (["data.num_classes=null"], "data.num_classes", "missing", "add it"),
     "one class": (["data.num_classes=1"], "data.num_classes", "1", "greater than or equal to 2"),
+    "task": (
+        ["downstream={task: boxes, train: a.beton, num_classes: 3}", "data.num_classes=null"],
+        "downstream.task",
+        '"boxes"',
+        "'classification' or 'segmentation'",
+    ),
+    "half a section": (
+        ["downstream={task: classification, num_classes: 3}", "data.num_classes=null"],
+        "downstream.train",
+        "missing",
+    ),
+    "views of mlo_mae": (["pretrain.num_views=2"], "pretrain.num_views", "2", "method mae"),
     "k3": (["mask.steps_per_cycle=2"], "mask.steps_per_cycle", "2", "use 1"),
     "accumulation": (
         ["classifier.gradient_accumulation_steps=4"],

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlomae.recipe import differing_keys, load_recipe
+from mlomae.recipe import differing_keys, load_recipe, read_values
 from mlomae.weights import build_masking_network
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+METHOD_OF = {name: read_values(RECIPES / f"{name}.yaml").get("method") for name in SHIPPED}
+PRETRAINING = [name for name, method in METHOD_OF.items() if method in ("mae", "mlo_mae")]
 
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR_NORM = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -22,12 +24,32 @@ SIZES = {
 }
 
 
+IMAGENET = [f"vit_{size}_imagenet" for size in ("base_patch16", "large_patch16", "huge_patch14")]
+CIFAR = ["vit_base_patch2_cifar10", "vit_base_patch2_cifar100"]
+MLO_MAE_PUBLISHED = [f"mlo_mae_{name}" for name in IMAGENET + CIFAR]
+MAE_PUBLISHED = [f"mae_{name}" for name in IMAGENET]
+TWO_VIEWS = [f"mae_vit_{size}_patch16_imagenet_two_views" for size in ("base", "large")]
+DOWNSTREAM = {  # task, classes
+    "mlo_mae_vit_base_patch16_imagenet_cub200": ("classification", 200),
+    "mlo_mae_vit_base_patch16_imagenet_ade20k": ("segmentation", 150),
+    "mlo_mae_vit_tiny_camvid": ("segmentation", 11),
+    "mlo_mae_vit_tiny_fashion_mnist_cifar10": ("classification", 10),
+}
+PROMISED = [
+    *MLO_MAE_PUBLISHED,
+    *MAE_PUBLISHED,
+    *(f"mae_{name}" for name in CIFAR),
+    *TWO_VIEWS,
+    "mae_vit_base_patch16_imagenet_tutorial",
+    "mlo_mae_continued_vit_base_patch16_imagenet",
+    *DOWNSTREAM,
+    "quickstart_mae",
+    "quickstart_mlo_mae",
+]
+
+
 def test_every_promised_recipe_is_shipped():
-    imagenet = [f"vit_{size}_imagenet" for size in ("base_patch16", "large_patch16")]
-    names = [*imagenet, "vit_huge_patch14_imagenet"]
-    names += ["vit_base_patch2_cifar10", "vit_base_patch2_cifar100"]
-    promised = [f"{method}_{name}" for method in ("mlo_mae", "mae") for name in names]
-    assert sorted([*promised, "quickstart_mae", "quickstart_mlo_mae"]) == SHIPPED
+    assert sorted(PROMISED) == PRETRAINING
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -41,14 +63,14 @@ def test_header_of_a_shipped_recipe_says_how_to_run_it(name):
         assert (RECIPES.parents[1] / config).is_file()
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if "vit" in name])
+@pytest.mark.parametrize("name", [n for n in PRETRAINING if "vit" in n and "tiny" not in n])
 def test_model_and_data_are_the_published_ones(name):
     recipe = load_recipe(name)
     size = next(size for size in SIZES if f"vit_{size}_" in name)
     model, data = recipe.model, recipe.data
     assert (model.embed_dim, model.depth, model.num_heads, model.num_patches) == SIZES[size]
     assert (model.decoder_embed_dim, model.decoder_depth, model.decoder_num_heads) == (512, 8, 16)
-    assert model.mlp_ratio == 4 and model.norm_pix_loss
+    assert model.mlp_ratio == 4 and model.norm_pix_loss == ("tutorial" not in name)
     assert recipe.masking.mask_ratio == 0.75
     assert recipe.masking.hidden_dim == 512
     assert (data.mean, data.std) == (CIFAR_NORM if "cifar" in name else IMAGENET_NORM)
@@ -61,6 +83,7 @@ def test_model_and_data_are_the_published_ones(name):
         assert data.augmentation.interpolation == "bicubic"
 
 
+B16 = "mlo_mae_vit_base_patch16_imagenet"
 # MLO-MAE's published pretraining: passes of the encoder, batch, lr of the three levels
 MLO_MAE = {
     "imagenet": (100, 256, 1.5e-4, 5e-4, 5e-5, 1000),
@@ -69,7 +92,7 @@ MLO_MAE = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("mlo_mae_vit")])
+@pytest.mark.parametrize("name", MLO_MAE_PUBLISHED)
 def test_mlo_mae_has_the_published_levels(name):
     recipe = load_recipe(name)
     epochs, batch_size, *lrs, num_classes = MLO_MAE[name.rpartition("_")[2]]
@@ -96,7 +119,24 @@ def test_cifar_makes_the_published_number_of_encoder_steps():
         assert steps == pytest.approx(published, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", [n for n in SHIPPED if n.startswith("mae") and "imagenet" in n])
+def test_continued_pretraining_is_mlo_mae_from_weights():
+    recipe, other = map(load_recipe, ("mlo_mae_continued_vit_base_patch16_imagenet", B16))
+    assert recipe.init_from[0].name == "mae_pretrain_vit_base_full.pth"
+    assert set(differing_keys(recipe, other)) == {"epochs", "init_from", "pretrain.warmup_epochs"}
+
+
+@pytest.mark.parametrize("name", DOWNSTREAM)
+def test_labels_of_a_section_downstream(name):
+    recipe = load_recipe(name)
+    assert (recipe.labelled.task, recipe.labelled.num_classes) == DOWNSTREAM[name]
+    assert recipe.downstream is not None
+    if "imagenet" in name:
+        keys = set(differing_keys(recipe, load_recipe(B16)))
+        batches = {"classifier.batch_size", "mask.batch_size", "data.num_classes"}
+        assert {key for key in keys if not key.startswith("downstream")} == batches
+
+
+@pytest.mark.parametrize("name", MAE_PUBLISHED)
 def test_mae_has_the_published_level(name):
     recipe = load_recipe(name)
     level = recipe.pretrain
@@ -110,6 +150,27 @@ def test_mae_has_the_published_level(name):
     assert level.gradient_clipping == 0
 
 
+@pytest.mark.parametrize("name", TWO_VIEWS)
+def test_two_views_are_the_first_step_of_mae_ct(name):
+    recipe = load_recipe(name)
+    level = recipe.pretrain
+    assert (recipe.epochs, level.warmup_epochs) == (800, 20)
+    assert (level.batch_size, level.num_views) == (1024, 2)
+    assert level.lr == pytest.approx(1.2e-3)
+    changed = {"epochs", "pretrain.warmup_epochs", "pretrain.batch_size", "pretrain.num_views"}
+    one_view = load_recipe(name.removesuffix("_two_views"))
+    assert set(differing_keys(recipe, one_view)) <= changed | {"pretrain.lr"}
+
+
+def test_tutorial_has_the_tutorials_level():
+    recipe = load_recipe("mae_vit_base_patch16_imagenet_tutorial")
+    level = recipe.pretrain
+    assert (recipe.epochs, level.warmup_epochs) == (800, 40)
+    assert (level.batch_size, level.gradient_accumulation_steps) == (2048, 4)
+    assert (level.lr, level.gradient_clipping) == (pytest.approx(1.2e-3), 1.0)
+    assert recipe.model.trainable_positions and not recipe.model.norm_pix_loss
+
+
 def test_quickstart_compares_equal_pretrain_levels():
     learned, random = load_recipe("quickstart_mlo_mae"), load_recipe("quickstart_mae")
     keys = {key.split(".")[0] for key in differing_keys(learned, random)}
@@ -121,7 +182,7 @@ def test_quickstart_compares_equal_pretrain_levels():
     assert learned.epochs * 48_000 == pytest.approx(random.epochs * 60_000)
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("mlo_mae")])
+@pytest.mark.parametrize("name", [n for n in PRETRAINING if n.startswith("mlo_mae")])
 def test_the_light_network_is_light_in_every_recipe(name):
     recipe = load_recipe(name, ["masking.network=light"])
     with torch.device("meta"):

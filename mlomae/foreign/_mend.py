@@ -24,6 +24,12 @@ def mend(tensors: State, wanted: State, names: Sequence[str]) -> str:
         wanted: of the model.
         names: the keys that the error is about.
     """
+    if "norm.weight" in names and "fc_norm.weight" in tensors:
+        return (
+            "it is a classifier on the mean of the patch tokens, whose encoder has lost its final "
+            "norm; count with it (eval/finetune.py --evaluate), or give weights from before the "
+            "fine-tuning"
+        )
     settings = [
         f"{key}={tensors[name].shape[dimension]}"
         for key, name, dimension in SIZES

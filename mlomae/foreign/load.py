@@ -86,6 +86,8 @@ def _fit(
     for weights in files:
         _check_model(weights, model, parts)
         _add(tensors, _fit_positions(weights, model, parts, done), weights.file)
+    if parts == "encoder" and "patch_embed.proj.weight" not in tensors:
+        raise UserError(f"{done} holds no encoder: give the encoder's file")
     wanted = _part(model.state_dict(), parts)
     _compare(tensors, wanted, done)
     _check_names(tensors, wanted, expected, done)

@@ -1,9 +1,9 @@
-"""The networks of MLO-MAE: masked autoencoder, masking networks, classification head.
+"""The networks of MLO-MAE: masked autoencoder, masking networks, heads.
 
 Importing this package adds the autoencoders to timm's registry, `mae_vit_base_patch16` and so on.
 """
 
-from mlomae.models.classifier import ClassificationHead
+from mlomae.models.classifier import ClassificationHead, SegmentationHead
 from mlomae.models.mae import MaskedAutoencoder, reconstruction_loss
 from mlomae.models.masking import (
     LightMaskingNetwork,
@@ -25,6 +25,7 @@ __all__ = [
     "MaskingNetwork",
     "Masks",
     "Scorer",
+    "SegmentationHead",
     "block_scores",
     "choose_masks",
     "gumbel_keys",

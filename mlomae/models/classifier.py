@@ -1,4 +1,4 @@
-"""The classification head of the second and third level."""
+"""The heads of the second and third level."""
 
 from torch import Tensor, nn
 
@@ -20,3 +20,14 @@ class ClassificationHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits, float32 or wider [B, num_classes], from class tokens [B, D]."""
         return at_least_float32(self.head(self.dropout(self.norm(features))))
+
+
+class SegmentationHead(ClassificationHead):
+    """The same on every patch token: the linear head of a plain ViT's feature map."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits, float32 or wider [B, num_classes, rows, columns], of a map [B, D, rows, columns].
+
+        One row and column for each patch; pixels get theirs by resizing.
+        """
+        return super().forward(features.movedim(1, -1)).movedim(-1, 1)

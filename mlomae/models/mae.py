@@ -147,10 +147,11 @@ class MaskedAutoencoder(nn.Module):
         *,
         num_keep: int | None = None,
         coupled: bool = False,
+        as_map: bool = False,
     ) -> Tensor | Reconstruction:
         """Masked reconstruction when there is a scorer, features of the whole image otherwise.
 
-        Both are reached through `forward`, because only this method runs the gathering hooks of
+        All are reached through `forward`, because only this method runs the gathering hooks of
         a ZeRO-3 engine.
 
         Args:
@@ -159,13 +160,17 @@ class MaskedAutoencoder(nn.Module):
                 `N - num_keep` patches with the largest scores are hidden.
             num_keep: visible patches of each image; None for those of `mask_ratio`.
             coupled: give the scorer embeddings with their graph, instead of detached ones.
+            as_map: without a scorer, keep the patch tokens apart instead of pooling.
 
         Returns:
-            Without a scorer, pooled features after the final norm, [B, D].
+            Without a scorer, pooled features after the final norm, [B, D], or as a map the patch
+            tokens after it, where they lie in the image, [B, D, rows, columns].
             With one, a `Reconstruction`.
         """
         if scorer is None:
             tokens = self.forward_features(images)
+            if as_map:
+                return tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid_size)
             return tokens[:, 0] if self.global_pool == "token" else tokens[:, 1:].mean(dim=1)
 
         embedding = self.embed(images)

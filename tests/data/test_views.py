@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from data_ffcv import Augmentation, DataError, inspect_beton
-from tests.data.streams import CROP, WHOLE, assert_same, draw, eval_loader, stream
+from tests.data.streams import (
+    CROP,
+    WHOLE,
+    assert_same,
+    draw,
+    eval_loader,
+    sample_numbers,
+    stream,
+)
 
 VIVID = Augmentation(
     "random_resized_crop",
@@ -36,6 +44,19 @@ def test_views_may_differ_in_size_and_augmentation(grey_beton: Path):
     whole, crop, labels = draw(grey_beton, 1, (WHOLE, CROP))[0]
     assert whole.shape == (40, 3, 28, 28) and crop.shape == (40, 3, 16, 16)
     assert torch.equal(whole, draw(grey_beton, 1, WHOLE)[0][0]) and labels.shape == (40,)
+
+
+@pytest.mark.parametrize("backend", ["threads", "auto"])
+def test_sample_numbers_come_last_and_change_nothing(grey_beton: Path, backend: str):
+    """What is in the images tells which they are, too."""
+    views = (WHOLE, CROP)
+    where = {"batch_size": 20, "rank": 1, "world_size": 2, "start_batch": 3, "backend": backend}
+    numbered = draw(grey_beton, 4, views, with_numbers=True, **where)
+    assert_same([batch[:-1] for batch in numbered], draw(grey_beton, 4, views, **where))
+    known = [n for images, _ in eval_loader(grey_beton) for n in sample_numbers(images)]
+    for whole, _, _, numbers in numbered:
+        assert numbers.dtype == torch.int64
+        assert [known[number] for number in numbers] == sample_numbers(whole)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

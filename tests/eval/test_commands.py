@@ -1,130 +1,67 @@
 """The commands on a small untrained run and small image files."""
 
+import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_ffcv import open_eval_loader
-from data_ffcv.convert import convert
-from eval import compare, knn, linear_probe
+from eval import cached_probe, compare, knn
 from eval.encoders import of_run, of_weights
-from eval.features import ImageSets, eval_augmentation, extract_features
 from mlomae.errors import UserError
 from mlomae.foreign.files import read_config
-from mlomae.recipe import dump_recipe, load_recipe
-from mlomae.weights import build_model, load_model
 
 ROOT = Path(__file__).parents[2]
-COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
-OVERRIDES = [
-    "model.image_size=16", "model.patch_size=4", "model.embed_dim=16", "model.depth=1",
-    "model.decoder_embed_dim=16", "model.decoder_depth=1", "data.num_classes=3",
-]  # fmt: skip
-
-
-def make_beton(folder: Path, colours: dict, num_images: int, seed: int) -> Path:
-    """Noisy images, each class of one colour, so that even random features tell them apart."""
-    rng = np.random.default_rng(seed)
-    for name, colour in colours.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(num_images):
-            pixels = np.clip(rng.normal(colour, 20, size=(16, 16, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    beton = folder.with_suffix(".beton")
-    convert("imagefolder", folder, beton)
-    return beton
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("data")
-    two = dict(list(COLOURS.items())[:2])
-    renamed = {"red": (0, 0, 0), "green": (0, 0, 0), "violet": (0, 0, 0)}
-    return {
-        "train": str(make_beton(folder / "train", COLOURS, 20, 0)),
-        "test": str(make_beton(folder / "test", COLOURS, 5, 1)),
-        "two": str(make_beton(folder / "two", two, 2, 2)),
-        "renamed": str(make_beton(folder / "renamed", renamed, 2, 2)),
-    }
-
-
-@pytest.fixture
-def run(tmp_path) -> Path:
-    """A run folder with one checkpoint, whose weights are not those of the recipe's seed."""
-    recipe = load_recipe("quickstart_mlo_mae", OVERRIDES)
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000007"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "recipe.yaml").write_text(dump_recipe(recipe))
-    other = build_model(load_recipe("quickstart_mlo_mae", [*OVERRIDES, "seed=1"]))
-    save_file(other.state_dict(), checkpoint / "model.safetensors")
-    return tmp_path / "run"
 
 
 def arguments(run: Path, data: dict[str, str], *more: str) -> list[str]:
     return ["--checkpoint", str(run), "--train", data["train"], "--test", data["test"], *more]
 
 
-def test_features_are_those_of_the_whole_image_in_order(run, data):
-    model, recipe = load_model(run)
-    sets = ImageSets(data["train"], data["test"])
-    loader = open_eval_loader(
-        data["test"],
-        augmentation=eval_augmentation(sets.test, 16),
-        batch_size=4,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-    )
-    features, labels = extract_features(model, loader, torch.device("cpu"))
-    assert labels.tolist() == sets.test.labels.tolist()
-    images = torch.cat([images for images, _ in loader])
-    torch.testing.assert_close(features, model(images).detach(), rtol=1e-4, atol=1e-5)
+def read(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
 
 
-def test_small_images_are_taken_whole_and_others_cropped(data):
-    info = ImageSets(data["train"], data["test"]).train
-    assert eval_augmentation(info, 16).resize is None
-    assert eval_augmentation(info, 224).resize == 256
-    assert eval_augmentation(info, (16, 16)).resize is None
-    assert eval_augmentation(info, (224, 448)).resize == (256, 512)
-
-
-def test_a_subset_holds_every_class_in_proportion(data):
-    sets = ImageSets(data["train"], data["test"], num_train_images=30)
-    assert np.bincount(sets.train.labels[sets.train_indices]).tolist() == [10, 10, 10]
-    assert ImageSets(data["train"], data["test"], num_train_images=60).train_indices is None
-
-
-def test_knn_command_writes_its_result_beside_the_run(run, data, capsys):
+def test_knn_command_leaves_a_result_a_report_and_curves(run, data, capsys):
     assert knn.main(arguments(run, data, "--k", "3", "--num_train_images", "30")) == 0
-    result = json.loads((run / "eval" / "knn.json").read_text())
+    folder = run / "eval" / "knn"
+    result = read(folder)
     assert result["accuracy"] > 0.9
-    assert result["settings"] == {"k": 3, "temperature": 0.07}
+    assert (result["settings"]["k"], result["settings"]["temperature"]) == (3, 0.07)
     assert (result["num_train_images"], result["num_test_images"]) == (30, 15)
     assert result["checkpoint"] == str(run / "checkpoints" / "step_00000007")
     assert result["seconds"] > 0
     assert f"{100 * result['accuracy']:.2f} %" in capsys.readouterr().out
 
+    report = (folder / "report.md").read_text()
+    assert f"| accuracy | {100 * result['accuracy']:.2f} % |" in report
+    assert "cosine" in report and "| k | 3 |" in report and "torch " in report
+    assert f"python eval/knn.py --checkpoint {run}" in report
+    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 7, "eval/knn/accuracy": result["accuracy"]}
+    curves = EventAccumulator(str(folder)).Reload()
+    (scalar,) = curves.Scalars("eval/knn/accuracy")
+    assert (scalar.step, scalar.value) == (7, pytest.approx(result["accuracy"]))
 
-def test_linear_probe_command_takes_a_checkpoint_folder_and_untrained(run, data, tmp_path):
+
+def test_cached_probe_command_takes_a_checkpoint_folder_and_untrained(run, data, tmp_path):
     checkpoint = run / "checkpoints" / "step_00000007"
-    assert linear_probe.main(arguments(checkpoint, data, "--untrained", "--epochs", "5")) == 0
-    file = run / "eval" / "step_00000007" / "linear_probe_untrained.json"
-    result = json.loads(file.read_text())
+    assert cached_probe.main(arguments(checkpoint, data, "--untrained", "--epochs", "5")) == 0
+    folder = run / "eval" / "step_00000007" / "cached_probe_untrained"
+    result = read(folder)
     assert result["untrained"] and result["settings"]["epochs"] == 5
+    assert json.loads((folder / "metrics.jsonl").read_text())["step"] == 0
 
-    file = tmp_path / "new" / "result.json"
-    assert linear_probe.main(arguments(run, data, "--epochs", "5", "--output", str(file))) == 0
-    trained = json.loads(file.read_text())
-    assert trained["held_out_accuracy"].keys() == result["held_out_accuracy"].keys()
+    folder = tmp_path / "new" / "result"
+    flags = ["--epochs", "5", "--output_dir", str(folder)]
+    assert cached_probe.main(arguments(run, data, *flags)) == 0
+    assert read(folder)["held_out_accuracy"].keys() == result["held_out_accuracy"].keys()
 
 
 def test_compare_gives_each_run_and_the_untrained_encoder(run, data, tmp_path):
@@ -136,20 +73,8 @@ def test_compare_gives_each_run_and_the_untrained_encoder(run, data, tmp_path):
 
     assert knn.main(arguments(run, data)) == knn.main(arguments(run, data, "--untrained")) == 0
     for row, name in zip(rows, ("knn", "knn_untrained"), strict=True):
-        alone = json.loads((run / "eval" / f"{name}.json").read_text())
+        alone = read(run / "eval" / name)
         assert row["knn"]["accuracy"] == alone["accuracy"]
-
-
-@pytest.fixture
-def foreign(run, tmp_path) -> Path:
-    """The run's weights as somebody else would hand them on: without a recipe."""
-    folder = tmp_path / "foreign"
-    folder.mkdir()
-    weights = run / "checkpoints" / "step_00000007" / "model.safetensors"
-    shutil.copy(weights, folder / "model.safetensors")
-    heads = {"num_attention_heads": 4, "decoder_num_attention_heads": 4}
-    (folder / "config.json").write_text(json.dumps(heads))
-    return folder
 
 
 def test_other_peoples_weights_are_evaluated_without_a_recipe(run, foreign, data, tmp_path):
@@ -160,14 +85,16 @@ def test_other_peoples_weights_are_evaluated_without_a_recipe(run, foreign, data
     tokens = pooled.forward_features(torch.rand(1, 3, 32, 32))
     assert (tokens.shape, pooled.global_pool) == ((1, 65, 16), "avg")
 
-    file = tmp_path / "knn.json"
-    flags = ["--train", data["train"], "--test", data["test"], "--output", str(file)]
-    assert knn.main([*flags, "--init_from", str(foreign), "--global_pool", "avg"]) == 0
-    result = json.loads(file.read_text())
+    images = ["--train", data["train"], "--test", data["test"]]
+    pooled = ["--init_from", str(foreign), "--global_pool", "avg", "--output_dir", str(tmp_path)]
+    assert knn.main([*images, *pooled]) == 0
+    result = read(tmp_path)
     assert result["accuracy"] > 0.9 and result["init_from"] == [str(foreign)]
     assert (result["global_pool"], result["image_size"]) == ("avg", [16, 16])
     assert result["mean"] == [0.485, 0.456, 0.406]
 
+    file = tmp_path / "compare.json"
+    flags = [*images, "--output", str(file)]
     assert compare.main([*flags, str(run), "--init_from", str(foreign)]) == 0
     rows = json.loads(file.read_text())["encoders"]
     assert [row["encoder"] for row in rows] == ["mlo_mae", "mae", "untrained"]
@@ -214,10 +141,10 @@ def test_flags_for_other_weights_are_refused_for_a_run(run, data, capsys, flag, 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "--output is missing"),
+        ([], "--output_dir is missing"),
         (["--untrained"], "give --checkpoint instead of --init_from"),
-        (["--output=x.json", "--init_from=nowhere.pth"], "nowhere.pth"),
-        (["--output=x.json", "--image_size=18"], "image_size is 18, which patch_size 4"),
+        (["--output_dir=x", "--init_from=nowhere.pth"], "nowhere.pth"),
+        (["--output_dir=x", "--image_size=18"], "image_size is 18, which patch_size 4"),
     ],
 )
 def test_bad_flags_for_other_peoples_weights(foreign, data, capsys, flags, sentence):
@@ -235,7 +162,9 @@ def test_bad_flags_for_other_peoples_weights(foreign, data, capsys, flags, sente
         ({"test": "renamed"}, "the class 'blue' of"),
         ({"train": "nowhere.beton"}, "nowhere.beton does not exist"),
         ({"checkpoint": "nowhere"}, "nowhere is no folder"),
-        ({"output": "/dev/null/x.json"}, "choose another --output"),
+        ({"output_dir": "/dev/null/x"}, "choose another with --output_dir"),
+        ({"features": "/dev/null/x"}, "choose another with --features"),
+        ({"k": "61"}, "k is 61, but must be from 1 to the 60 training images"),
     ],
 )
 def test_bad_input_is_one_sentence(run, data, capsys, changed, sentence):
@@ -246,7 +175,7 @@ def test_bad_input_is_one_sentence(run, data, capsys, changed, sentence):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert sentence in error
-    assert not (run / "eval" / "knn.json").exists()
+    assert not list(run.rglob("result.json"))
 
 
 @pytest.mark.parametrize("flag", ["--k=0", "--temperature=nan", "--num_train_images=-3"])
@@ -257,7 +186,7 @@ def test_flags_must_be_positive(run, data, capsys, flag):
     assert "above zero" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", [["eval/knn.py"], ["-m", "eval.linear_probe"]])
+@pytest.mark.parametrize("how", [["eval/knn.py"], ["-m", "eval.cached_probe"]])
 def test_runs_as_a_script_and_as_a_module(how, data):
     done = subprocess.run(
         [sys.executable, *how, *arguments(Path("nowhere"), data)],
@@ -270,3 +199,78 @@ def test_runs_as_a_script_and_as_a_module(how, data):
     assert (done.returncode, done.stderr.splitlines()[-1].split(":")[0]) == (2, "error"), (
         done.stderr
     )
+
+
+# --- recipes of flags ---------------------------------------------------------------------------
+
+
+def test_flags_win_over_a_recipe_and_a_recipe_over_defaults(run, data, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"k: 5\ntemperature: 0.5\nstandardize: true\ntrain: {data['train']}\n"
+        f"test: {data['test']}\ncheckpoint: {run}\n"
+    )
+    assert knn.main(["--recipe", str(recipe), "--k", "2"]) == 0
+    assert read(run / "eval" / "knn")["settings"] == {
+        "k": 2, "temperature": 0.5, "weighting": "exponential", "standardize": True,
+    }  # fmt: skip
+    assert knn.main(["--recipe", str(recipe), "--no-standardize"]) == 0
+    assert not read(run / "eval" / "knn")["settings"]["standardize"]
+    recipe.write_text("base_lrs: [0.1, 0.3]\nepochs: 2\n")
+    assert cached_probe.main(arguments(run, data, f"--recipe={recipe}")) == 0
+    assert read(run / "eval" / "cached_probe")["settings"]["base_lrs"] == [0.1, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("temprature: 0.1", "temprature is no flag of eval/knn.py: temperature is the nearest"),
+        ("k: 0", "k: 0 is not a whole number above zero"),
+        ("standardize: maybe", "standardize is maybe: write true or false"),
+        ("weighting: cubic", "weighting is cubic: choose exponential or uniform"),
+        ("k: 1\nk: 2", "the key k stands twice"),
+        (None, "mine.yaml is no file: give a YAML file or a shipped name"),
+    ],
+)
+def test_a_bad_recipe_is_one_sentence(run, data, tmp_path, capsys, text, sentence):
+    recipe = tmp_path / "mine.yaml"
+    if text is not None:
+        recipe.write_text(text)
+    assert knn.main(arguments(run, data, "--recipe", str(recipe))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert str(recipe) in error and sentence in error
+
+
+SHIPPED = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+COMMANDS = ("knn", "low_shot", "clustering", "cached_probe", "reconstruct")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_shipped_recipe_of_a_command_is_read_by_it(command, data, capsys):
+    recipes = [file.stem for file in SHIPPED if file.stem.startswith(f"{command}_")]
+    assert recipes
+    module = importlib.import_module(f"eval.{command}")
+    for recipe in recipes:
+        flags = ["--recipe", recipe, "--checkpoint", "nowhere", "--test", data["test"]]
+        learns = command in ("knn", "low_shot", "cached_probe")
+        assert module.main([*flags, *(["--train", data["train"]] if learns else [])]) == 2
+        assert f"{recipe}.yaml" not in capsys.readouterr().err  # the data or the run is at fault
+
+
+def test_a_run_of_another_kind_is_read_by_its_weights(run, data):
+    """Such as a fine-tuned encoder: no decoder, and a recipe of its own."""
+    checkpoint = run / "checkpoints" / "step_00000007"
+    before = of_run(run)
+    recipe = checkpoint / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("method: mlo_mae", "method: finetune"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not n.startswith(("decoder", "mask_token"))}
+    save_file(kept, checkpoint / "model.safetensors")
+    encoder = of_run(run)
+    assert (encoder.name, encoder.mean) == ("finetune", before.mean)
+    assert encoder.fingerprint == before.fingerprint
+    assert knn.main(arguments(run, data)) == 0
+    assert read(run / "eval" / "knn")["checkpoint"] == str(checkpoint)
+    with pytest.raises(UserError, match="is a run of finetune"):
+        of_run(run, untrained=True)

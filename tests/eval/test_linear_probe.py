@@ -1,115 +1,279 @@
+"""Linear probes as they are run, on one and on two ranks, against plain PyTorch loops."""
+
+import json
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from scipy.stats import ortho_group
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from eval.features import EncodedSets, LabelledFeatures
-from eval.linear_probe import LinearHeads, ProbeSettings, _decay, _train, evaluate, fit_linear_probe
+from data_ffcv import open_stream, split_by_class
+from data_ffcv.folder import FolderInfo
+from eval.linear_probe import LinearProbeProgram
+from mlomae.recipe import load_recipe
+from mlomae.weights import find_checkpoint
+from tests.eval.probe_runs import (
+    BATCH,
+    EPOCHS,
+    RATES,
+    ProbeSetup,
+    features_of,
+    tiny_encoder,
+)
+from tests.launch.runs import contents, records
+from tests.ranks import run_ranks
 
-QUICK = ProbeSettings(epochs=10, batch_size=128)
-
-
-def clusters(num_images, num_classes=4, num_features=16, spread=0.2, seed=0):
-    """Gaussian clusters; small spreads are linearly separable."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num_images) % num_classes
-    centres = torch.eye(num_classes, num_features)
-    noise = torch.randn(num_images, num_features, generator=generator)
-    return LabelledFeatures(5 + 3 * (centres[labels] + spread * noise), labels)
-
-
-def test_separates_what_is_separable():
-    data = EncodedSets(clusters(1000), clusters(400, seed=1), num_classes=4)
-    assert evaluate(data, QUICK)["accuracy"] > 0.99
+NUM_STEPS = EPOCHS * 90 // BATCH
+PROTOCOLS = ("mae", "mae_ct", "held_out")
 
 
-def test_random_labels_stay_at_chance():
-    generator = torch.Generator().manual_seed(3)
-    train, test = (
-        LabelledFeatures(part.features, torch.randint(4, (len(part.labels),), generator=generator))
-        for part in (clusters(1000), clusters(2000, seed=1))
-    )
-    accuracy = evaluate(EncodedSets(train, test, num_classes=4), QUICK)["accuracy"]
-    assert abs(accuracy - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> ProbeSetup:
+    return ProbeSetup(tmp_path_factory.mktemp("probe"))
 
 
-def test_test_labels_play_no_part_in_the_choice():
-    train, test = clusters(600, spread=1.0), clusters(300, spread=1.0, seed=1)
-    wrong = LabelledFeatures(test.features, test.labels.roll(1))
-    true, swapped = (evaluate(EncodedSets(train, t, 4), QUICK) for t in (test, wrong))
-    assert true["accuracy"] != swapped["accuracy"]
-    for key in ("base_lr", "held_out_accuracy"):
-        assert true[key] == swapped[key]
+@pytest.fixture(scope="module")
+def ends(setup: ProbeSetup) -> dict[str, Any]:
+    """What every process returned, by number of ranks: one alone, then a pair."""
+    one = [setup.launch(f"one/{protocol}", protocol) for protocol in PROTOCOLS]
+    # A probe that is stopped, and goes on after its weights file was replaced.
+    swapped, first, second = setup.folder / "swapped.pth", setup.encoder, setup.other_encoder
+    changing = ("other", "mae", f"init_from={swapped}", "epochs=1")
+    one += [
+        setup.launch(*changing, copy=(first, swapped), kill=(0, 2)),
+        setup.launch(*changing, copy=(second, swapped), resume=True),
+    ]
+    two = [
+        setup.launch("zero0", "mae_ct"),
+        setup.launch("zero3", "mae_ct", stage=3),
+        setup.launch("zero0_bf16", "mae", bf16=True),
+        setup.launch("zero3_bf16", "mae_ct", stage=3, bf16=True),
+    ]
+    parts = "probe.gradient_accumulation_steps=3"
+    for name, protocol, stage, *more in (("lars", "mae", 0, parts), ("sgd", "held_out", 2)):
+        two += [
+            setup.launch(f"{name}/whole", protocol, *more, stage=stage),
+            setup.launch(f"{name}/halves", protocol, *more, stage=stage, kill=(1, 6)),
+            setup.launch(f"{name}/halves", protocol, *more, stage=stage, resume=True),
+        ]
+    return {
+        world_size: run_ranks(
+            "tests.eval.probe_runs:drive", world_size, setup.folder / name, launches=launches
+        )
+        for world_size, name, launches in ((1, "alone", one), (2, "pair", two))
+    }
 
 
-def test_the_best_held_out_rate_is_used():
-    train = clusters(600, spread=1.0)
-    settings = ProbeSettings(base_lrs=(1e-6, 0.1), epochs=10, batch_size=128)
-    probe = fit_linear_probe(*train, num_classes=4, settings=settings)
-    assert probe.base_lr == 0.1
-    assert probe.held_out_accuracy[0.1] > probe.held_out_accuracy[1e-6]
-    alone = _train(*train, 4, (0.1,), settings)
-    assert torch.equal(probe.heads.linear.weight, alone.linear.weight)
+@pytest.fixture(scope="module")
+def codes(ends: dict[int, Any]) -> dict[str, list[int]]:
+    """Exit codes of the launches into each output_dir."""
+    found = defaultdict(list)
+    for ranks in ends.values():
+        for launches in zip(*(rank["launches"] for rank in ranks), strict=True):
+            assert len({code for _, code, _ in launches}) == 1, launches
+            run, code, _ = launches[0]
+            found[run].append(code)
+    return found
 
 
-def test_heads_trained_together_equal_heads_trained_alone():
-    """Each head of the grid is what torch's SGD gives with this rate and a copy of its start."""
-    train = clusters(256, spread=1.0)
-    settings = ProbeSettings(epochs=3, batch_size=64)
-    together = _train(*train, 4, (0.03, 0.3), settings)
-
-    generator = torch.Generator().manual_seed(settings.seed)
-    start = LinearHeads(16, 4, 2, generator)  # consumes the generator as the grid does
-    heads = [torch.nn.Linear(16, 4) for _ in range(2)]
-    optimizers = []
-    for i, head in enumerate(heads):
-        head.load_state_dict({k: v[i::2] for k, v in start.linear.state_dict().items()})
-        optimizers.append(torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9))
-    step = 0
-    for _ in range(3):
-        for batch in torch.randperm(256, generator=generator).split(64):
-            images = train.features[batch]
-            variance = images.var(dim=0, unbiased=False)
-            images = (images - images.mean(dim=0)) / (variance + 1e-6).sqrt()
-            for head, optimizer, base_lr in zip(heads, optimizers, (0.03, 0.3), strict=True):
-                optimizer.param_groups[0]["lr"] = base_lr * 64 / 256 * _decay(step, 12)
-                optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(head(images), train.labels[batch]).backward()
-                optimizer.step()
-            step += 1
-    for i, head in enumerate(heads):
-        torch.testing.assert_close(together.linear.weight[i::2], head.weight, rtol=1e-4, atol=1e-5)
+def heads_of(setup: ProbeSetup, run: str) -> dict[str, Tensor]:
+    return load_file(find_checkpoint(setup.folder / run) / "model.safetensors")
 
 
-def test_schedule_warms_up_over_a_tenth_and_ends_at_zero():
-    factors = [_decay(step, 100) for step in range(101)]
-    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert max(factors) == factors[10] == 1
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert factors[100] == pytest.approx(0, abs=1e-12)
+def result_of(setup: ProbeSetup, run: str) -> dict[str, Any]:
+    return json.loads((setup.folder / run / "result.json").read_text())
 
 
-def test_agrees_with_logistic_regression_on_digits():
-    images, labels = load_digits(return_X_y=True)
-    # Dense like an encoder's features: a rotation spreads the pixels at the rim, which are zero in
-    # nearly every image and which no batch norm can standardise.
-    images = images @ ortho_group.rvs(images.shape[1], random_state=0)
-    parts = train_test_split(
-        images.astype("float32"), labels, test_size=0.4, random_state=0, stratify=labels
-    )
-    train_images, test_images, train_labels, test_labels = parts
-    reference = make_pipeline(StandardScaler(), LogisticRegression(max_iter=3000))
-    reference.fit(train_images, train_labels)
-    data = EncodedSets(
-        LabelledFeatures(torch.from_numpy(train_images), torch.from_numpy(train_labels)),
-        LabelledFeatures(torch.from_numpy(test_images), torch.from_numpy(test_labels)),
-        num_classes=10,
-    )
-    # the larger rates alone: a tenth of so few images is too noisy to choose among all
-    settings = ProbeSettings(base_lrs=(0.1, 0.3, 1.0), batch_size=64)
-    accuracy = evaluate(data, settings)["accuracy"]
-    assert accuracy == pytest.approx(reference.score(test_images, test_labels), abs=0.02)
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        distance = (value.double() - b[name].double()).norm() / b[name].double().norm()
+        assert float(distance) <= tolerance, name
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def train_alone(setup: ProbeSetup, protocol: str, head: int) -> tuple[dict[str, Tensor], float]:
+    """One head by a plain loop: SGD with momentum, or LARS, whose rate is written out here.
+
+    Returns:
+        Its tensors and those of the norm, and how far the weights moved, relative to their norm.
+    """
+    recipe = load_recipe(setup.recipe(protocol), (), LinearProbeProgram.schema)
+    linear = LinearProbeProgram().module(recipe, "probe").heads[head]
+    norm = nn.BatchNorm1d(16, eps=1e-6 if protocol == "mae" else 1e-5, affine=False)
+    before = linear.weight.detach().clone()
+    encoder, peak = tiny_encoder(), recipe.probe.base_lrs[head] * BATCH / 256
+    momenta = [torch.zeros_like(p) for p in linear.parameters()]
+    with open_stream(
+        setup.train,
+        augmentation=recipe.data.augmentation.build(8),
+        batch_size=BATCH,
+        seed=recipe.seed,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        name="probe",
+    ) as stream:
+        for step in range(NUM_STEPS):
+            images, labels = next(stream)
+            with torch.no_grad():
+                features = norm(encoder(images))
+            gradients = torch.autograd.grad(
+                F.cross_entropy(linear(features), labels), list(linear.parameters())
+            )
+            with torch.no_grad():
+                for param, momentum, grad in zip(
+                    linear.parameters(), momenta, gradients, strict=True
+                ):
+                    trust = 0.001 * param.norm() / grad.norm() if param.ndim > 1 else 1.0
+                    momentum.mul_(0.9).add_(grad * (trust if protocol == "mae" else 1.0))
+                    param.sub_(momentum * rate(step, peak))
+    place = "layer.2" if protocol == "mae" else f"layer.2.{head}"
+    named = {f"layer.1.{name}": value for name, value in norm.state_dict().items()}
+    named |= {f"{place}.{name}": p.detach() for name, p in linear.named_parameters()}
+    return named, float((linear.weight.detach() - before).norm() / before.norm())
+
+
+def rate(step: int, peak: float) -> float:
+    """Linear from zero over a fifth of the steps, then half a cosine to zero."""
+    warmup = round(NUM_STEPS * 0.6 / EPOCHS)
+    if step < warmup:
+        return peak * step / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (NUM_STEPS - warmup))) / 2
+
+
+@pytest.mark.parametrize(
+    ("protocol", "head"), [("mae", 0), *(("mae_ct", head) for head in range(len(RATES)))]
+)
+def test_each_head_is_trained_as_if_it_were_alone(setup, codes, protocol, head):
+    assert codes[f"one/{protocol}"] == [0]
+    together = heads_of(setup, f"one/{protocol}")
+    alone, moved = train_alone(setup, protocol, head)
+    assert moved > 0.2
+    assert_same({name: together[name] for name in alone}, alone, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("run", "alone", "tolerance"),
+    [
+        ("zero0", "one/mae_ct", 1e-4),
+        ("zero3", "one/mae_ct", 1e-4),
+        ("lars/whole", "one/mae", 1e-4),
+        ("sgd/whole", "one/held_out", 1e-4),
+        ("zero0_bf16", "one/mae", 0.1),
+        ("zero3_bf16", "one/mae_ct", 0.1),
+    ],
+)
+def test_ranks_stages_and_parts_do_not_matter(setup, codes, run, alone, tolerance):
+    assert (codes[run], codes[alone]) == ([0], [0])
+    assert_same(heads_of(setup, run), heads_of(setup, alone), tolerance)
+    if tolerance < 0.01:
+        ours, theirs = result_of(setup, run), result_of(setup, alone)
+        assert {k: v for k, v in ours.items() if "accuracy" in k} == {
+            k: v for k, v in theirs.items() if "accuracy" in k
+        }
+
+
+def test_norm_sees_the_batches_of_all_ranks(ends):
+    """Two ranks with half a batch each are one with the whole batch."""
+    whole = nn.BatchNorm1d(6, eps=1e-6, affine=False).double()
+    expected = torch.stack([whole(features_of(batch)) for batch in range(3)])
+    outputs = torch.cat([rank["norm"][0] for rank in ends[2]], dim=1)
+    torch.testing.assert_close(outputs.double(), expected, rtol=1e-5, atol=1e-6)
+    for rank in ends[2]:
+        for name in ("running_mean", "running_var"):
+            value, expected = rank["norm"][1][name].double(), whole.state_dict()[name]
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", ["lars", "sgd"])
+def test_resuming_changes_no_bit(setup, codes, run):
+    assert (codes[f"{run}/whole"], codes[f"{run}/halves"]) == ([0], [143, 0])
+    whole, halves = (setup.folder / run / name for name in ("whole", "halves"))
+    expected = contents(find_checkpoint(whole))
+    assert len(expected) > 20
+    assert contents(find_checkpoint(halves)) == expected
+    assert records(halves) == records(whole)
+    ours, theirs = result_of(setup, f"{run}/halves"), result_of(setup, f"{run}/whole")
+    clocks = ("seconds", "images_per_second")
+    assert {k: v for k, v in ours.items() if k not in clocks} == {
+        k: v for k, v in theirs.items() if k not in clocks
+    }
+
+
+def test_resuming_refuses_another_encoder(ends, codes):
+    assert codes["other"] == [143, 2]
+    stderr = ends[1][0]["launches"][-1][2]
+    assert "swapped.pth holds other weights than those that this probe was begun with" in stderr
+
+
+# --- what is reported --------------------------------------------------------------------------
+
+
+def read_test(setup: ProbeSetup) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and labels of the test images, read without the project."""
+    files = sorted(setup.test.glob("*/*.png"))
+    labels = [int(file.parent.name.removeprefix("class")) for file in files]
+    return np.stack([np.asarray(Image.open(file)) for file in files]), np.array(labels)
+
+
+def accuracies(
+    setup: ProbeSetup, run: str, pixels: np.ndarray, labels: np.ndarray, eps: float
+) -> list[float]:
+    """Of each saved head on whole images, computed from the file's tensors."""
+    tensors = {name: tensor.double() for name, tensor in heads_of(setup, run).items()}
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    images = torch.from_numpy((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        features = tiny_encoder().double()(images)
+    deviation = (tensors["layer.1.running_var"] + eps).sqrt()
+    standard = (features - tensors["layer.1.running_mean"]) / deviation
+    heads = [name.removesuffix("weight") for name in tensors if name.endswith("weight")]
+    logits = [standard @ tensors[f"{i}weight"].T + tensors[f"{i}bias"] for i in sorted(heads)]
+    return [float((guess.argmax(1).numpy() == labels).mean()) for guess in logits]
+
+
+def test_mae_reports_the_last_epoch(setup, codes):
+    result = result_of(setup, "one/mae")
+    (expected,) = accuracies(setup, "one/mae", *read_test(setup), 1e-6)
+    assert result["accuracy"] == result["test/accuracy"] == expected
+    assert result["epoch"] == EPOCHS
+    assert result["test/best_accuracy"] >= expected
+
+
+def test_mae_ct_reports_the_best_on_test_and_says_so(setup, codes):
+    result = result_of(setup, "one/mae_ct")
+    expected = accuracies(setup, "one/mae_ct", *read_test(setup), 1e-5)
+    named = [result[f"test/accuracy_base_lr_{rate:g}"] for rate in RATES]
+    assert named == expected and max(expected) > 0.45
+    seen = [
+        (value, record["epoch"], float(name.rpartition("_")[2]))
+        for record in records(setup.folder / "one/mae_ct")
+        for name, value in record.items()
+        if name.startswith("test/accuracy_base_lr")
+    ]
+    assert len(seen) == EPOCHS * len(RATES)
+    assert result["accuracy"] == max(seen)[0]
+    assert (result["accuracy"], result["epoch"], result["base_lr"]) in seen
+    assert "test images" in result["selection"]
+
+
+def test_held_out_chooses_without_the_test_images(setup, codes):
+    result = result_of(setup, "one/held_out")
+    info = FolderInfo(setup.train)
+    _, held_out = split_by_class(info.labels, 0.1, seed=0)
+    assert (result["num_train_images"], result["num_held_out_images"]) == (81, 9)
+    pixels = np.stack([info.read(i) for i in held_out])
+    chosen_on = accuracies(setup, "one/held_out", pixels, info.labels[held_out], 1e-5)
+    on_test = accuracies(setup, "one/held_out", *read_test(setup), 1e-5)
+    head = int(np.argmax(chosen_on))
+    assert (result["base_lr"], result["accuracy"]) == (RATES[head], on_test[head])
+    met = [record for record in records(setup.folder / "one/held_out") if "test/accuracy" in record]
+    assert len(met) == 1 and met[0]["cycle"] == EPOCHS * (81 // BATCH)

@@ -97,5 +97,5 @@ def test_a_recipe_of_another_kind_is_refused(module_setup, beton):
     from mlomae.program import make_job
     from mlomae.recipe import Recipe
 
-    with pytest.raises(UserError, match="method is toy, but this command trains mlo_mae and mae"):
+    with pytest.raises(UserError, match="method is toy, but must be mlo_mae or mae here"):
         make_job(Recipe, recipe(module_setup.folder, beton), module_setup.config())

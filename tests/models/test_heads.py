@@ -1,4 +1,4 @@
-"""The masking network and the classification head, against their formulas."""
+"""The masking network and the heads, against their formulas."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from mlomae.models import (
     ClassificationHead,
     MaskedAutoencoder,
     MaskingNetwork,
+    SegmentationHead,
     reconstruction_loss,
 )
 
@@ -117,3 +118,40 @@ def test_bf16_scores_do_not_tie_where_the_mask_is_cut():
     assert scores.dtype == torch.float32
     num_distinct = [len(row.unique()) for row in scores]
     assert min(num_distinct) == 196  # rounded to bf16 there are about 180
+
+
+def test_features_lie_on_the_map_where_their_patch_lies_in_the_image():
+    """Blocks that add nothing leave each token with what its own patch gave it."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(
+        image_size=(4, 6), patch_size=2, embed_dim=DIM, depth=1, num_heads=2,
+        decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2,
+    ).double()  # fmt: skip
+    (block,) = model.blocks
+    for layer in (block.attn.proj, block.mlp.fc2):
+        torch.nn.init.zeros_(layer.weight)
+    images = torch.randn(BATCH, 3, 4, 6, dtype=torch.float64)
+    features = model(images, as_map=True)
+    assert features.shape == (BATCH, DIM, 2, 3)
+    kernel, bias = model.patch_embed.proj.weight.flatten(1), model.patch_embed.proj.bias
+    for row in range(2):
+        for column in range(3):
+            patch = images[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            position = model.pos_embed[0, 1 + 3 * row + column]
+            token = model.norm(patch.flatten(1) @ kernel.T + bias + position)
+            torch.testing.assert_close(features[:, :, row, column], token)
+
+
+def test_a_segmentation_head_treats_each_place_as_a_classification_head_does():
+    torch.manual_seed(0)
+    head = SegmentationHead(DIM, 5).eval()
+    alone = ClassificationHead(DIM, 5).eval()
+    alone.load_state_dict(head.state_dict())
+    features = torch.randn(BATCH, DIM, 2, 3)
+    logits = head(features)
+    assert logits.shape == (BATCH, 5, 2, 3)
+    for row in range(2):
+        for column in range(3):
+            expected = alone(features[:, :, row, column])
+            torch.testing.assert_close(logits[:, :, row, column], expected)
+    assert head.bfloat16()(features.bfloat16()).dtype == torch.float32

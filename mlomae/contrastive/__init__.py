@@ -1,0 +1,1 @@
+"""MAE-CT: contrastive tuning of a pretrained masked autoencoder, in three steps."""
