@@ -11,6 +11,7 @@ from data_ffcv.errors import DataError
 from data_ffcv.folder import FolderInfo, ImagesInfo, inspect_images
 from data_ffcv.loader import EvalLoader, Stream, open_eval_loader, open_stream
 from data_ffcv.splits import shard_indices, split_by_class
+from data_ffcv.whole import WholeImages
 
 __all__ = [
     "Augmentation",
@@ -20,6 +21,7 @@ __all__ = [
     "FolderInfo",
     "ImagesInfo",
     "Stream",
+    "WholeImages",
     "choose_backend",
     "inspect_beton",
     "inspect_images",
