@@ -46,6 +46,7 @@ class Finetuning(Task):
     Attributes:
         best: by tag, the highest accuracy of all evaluations so far and the epoch that it was
             reached in. It is selected on the test images.
+        latest: by tag, the accuracy of the latest evaluation.
     """
 
     recipe: FinetuneRecipe
@@ -66,6 +67,7 @@ class Finetuning(Task):
         )
         self.average = None if own.ema_decay is None else WeightAverage(level, own.ema_decay)
         self.best: dict[str, tuple[float, float]] = {}
+        self.latest: dict[str, float] = {}
 
     def open(self, cycle: int, stack: ExitStack) -> None:
         """Open the stream at the batch of a cycle."""
@@ -127,10 +129,11 @@ class Finetuning(Task):
             self.average.load_state_dict(own)
 
     def result(self) -> dict[str, Any]:
-        """Data, and the best evaluation under a name that says how it was selected."""
+        """The last accuracy, data, and the best one under a name that says how it was selected."""
         data = self.recipe.data
         best = {tag: {"accuracy": best, "epoch": epoch} for tag, (best, epoch) in self.best.items()}
         return {
+            "accuracy": self.latest[LAST],
             "init_from": [str(path) for path in self.recipe.init_from],
             "epochs": self.recipe.epochs,
             "train": str(data.train),
@@ -150,9 +153,11 @@ class Finetuning(Task):
 
     def _count(self, tag: str, weights: dict[str, Tensor]) -> dict[str, float]:
         """Evaluate whole weights in a network of their own; keep the best accuracy."""
-        vit = self.build()
-        vit.load_state_dict(weights)
+        with torch.device("meta"):  # drawing initial weights of a ViT-H would take half a minute
+            vit = self.build()
+        vit.load_state_dict(weights, assign=True)
         found = count(vit, self.recipe, self.test, self.device, self.level.level.dtype)
+        self.latest[tag] = found["accuracy"]
         epoch = self.level.num_steps / self.cycles_per_epoch
         self.best[tag] = max(
             self.best.get(tag, (0.0, 0.0)), (found["accuracy"], epoch), key=lambda best: best[0]

@@ -4,6 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def add_train_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the images to learn from."""
@@ -78,6 +82,12 @@ def build_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="folder of the result (default: RUN/eval/<evaluation>[_untrained])",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="fp32",
+        help="what the encoder computes in (default: fp32)",
     )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; unused")
     return parser

@@ -51,6 +51,12 @@ def find_images(recipe: ProbeRecipe) -> ProbeImages:
     trained = held_out = None
     if recipe.protocol == "held_out":
         trained, held_out = split_by_class(train.labels, data.held_out_fraction, recipe.seed)
+        if not len(held_out):
+            raise UserError(
+                f"data.train {train.path} has {train.num_samples} images of {train.num_classes} "
+                "classes, too few to hold some out: give two or more of a class, or another "
+                "protocol"
+            )
     augmentation = (recipe.probe.augmentation or data.augmentation).build(recipe.model.image_size)
     augmentation.check_fits(train)
     images = ProbeImages(train, test, augmentation, trained, held_out)

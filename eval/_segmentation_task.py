@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import track
-from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from data_ffcv import Augmentation, BetonInfo, WholeImages, open_stream
 from eval._segmentation_inference import Predictor
 from eval._segmentation_metrics import IGNORED, ConfusionMatrix, SegmentationScores, score
 from eval._segmentation_pictures import palette, segmentation_picture
-from eval._segmentation_recipe import LEVEL, SegmentationLevelRecipe, SegmentationRecipe
+from eval._segmentation_recipe import LEVEL, SegmentationRecipe
 from mlomae.engines import TrainingLevel, full_weights
 from mlomae.hypergrad.losses import Models
 from mlomae.models.upernet import UperNet
@@ -25,7 +24,7 @@ from mlomae.task import Task
 from mlomae.weights import MODEL_FILE
 
 HEAD_FILE = "segmentation.safetensors"  # neck and heads; the encoder is in model.safetensors
-_ENCODER = "backbone."
+ENCODER = "backbone."
 _LARGEST_REPORT = 30  # classes; more are in result.json alone
 
 
@@ -222,35 +221,18 @@ def draw(
     return segmentation_picture(samples, test.classes)
 
 
-def layer_decay_groups(network: UperNet, recipe: SegmentationLevelRecipe) -> list[dict[str, Any]]:
-    """Parameter groups, each with its `lr_scale` and `weight_decay`.
-
-    The scale of layer g is decay^(L + 1 - g): 1 for neck and heads, decay for the last of the L
-    blocks, decay^(L + 1) for the patch projection, class token and positions. These two, biases and
-    norms do not decay, unless the recipe asks for it.
-    """
-    groups: list[dict[str, Any]] = param_groups_layer_decay(
-        network,
-        weight_decay=recipe.weight_decay,
-        weight_decay_exclude_1d=not recipe.decay_norm_and_bias,
-        no_weight_decay_list=() if recipe.decay_norm_and_bias else network.no_weight_decay(),
-        layer_decay=recipe.layer_decay,
-    )
-    return groups
-
-
 def split_weights(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """A network's state by file: the encoder under timm's names first, then the rest."""
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}, HEAD_FILE: {}}
     for name, tensor in weights.items():
-        file = MODEL_FILE if name.startswith(_ENCODER) else HEAD_FILE
-        files[file][name.removeprefix(_ENCODER)] = tensor
+        file = MODEL_FILE if name.startswith(ENCODER) else HEAD_FILE
+        files[file][name.removeprefix(ENCODER)] = tensor
     return files
 
 
 def join_weights(encoder: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `split_weights`."""
-    return {f"{_ENCODER}{name}": tensor for name, tensor in encoder.items()} | rest
+    return {f"{ENCODER}{name}": tensor for name, tensor in encoder.items()} | rest
 
 
 def train_augmentation(recipe: SegmentationRecipe) -> Augmentation:

@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from data_ffcv import split_by_class
 from eval import _flags, cli
 from eval._processes import rank
 from eval.features import EncodedSets, ImageSets
+from mlomae.errors import UserError
 
 _HELD_OUT_RATIO = 0.1
 _WARMUP_RATIO = 0.1
@@ -188,9 +190,22 @@ def evaluate(
     }
 
 
+def _check(labels: np.ndarray, settings: ProbeSettings) -> None:
+    """Refuse batches without a deviation, and images of which none can be held out."""
+    if settings.batch_size < 2:
+        raise UserError("--batch_size is 1, and a batch norm needs 2 images or more: raise it")
+    rest, held_out = split_by_class(labels, _HELD_OUT_RATIO, settings.seed)
+    if len(rest) < 2 or not len(held_out):
+        raise UserError(
+            f"{len(labels)} training images are too few to hold some out, on which the rate is "
+            "chosen: give at least two of a class with --train or --num_train_images"
+        )
+
+
 def _run(args: argparse.Namespace) -> None:
     settings = ProbeSettings(tuple(args.base_lrs), args.epochs, args.batch_size, args.seed)
     sets = ImageSets(args.train, args.test, args.num_train_images)
+    _check(sets.train.labels, settings)
 
     def examine(job: cli.Job) -> dict[str, Any]:
         data = job.encode(sets)

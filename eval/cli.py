@@ -14,6 +14,7 @@ import torch
 from data_ffcv import DataError
 from eval import _processes, _result
 from eval._flag_recipe import parse_with_recipe
+from eval._flags import PRECISIONS
 from eval.encoders import Encoder, of_run, of_weights
 from eval.features import EncodedSets, ImageSets
 from mlomae.errors import UserError
@@ -105,6 +106,7 @@ def evaluate_encoder(
         **encoder.source,
         **{key: getattr(args, key) for key in ("train", "test") if hasattr(args, key)},
         **found,
+        "precision": args.precision,
         "num_ranks": _processes.world_size(),
         "command": args.command,
         "machine": _result.machine(),
@@ -115,6 +117,12 @@ def evaluate_encoder(
 
 
 def _encoder(args: argparse.Namespace, with_decoder: bool) -> Encoder:
+    encoder = _load_encoder(args, with_decoder)
+    encoder.model.to(PRECISIONS[args.precision])
+    return encoder
+
+
+def _load_encoder(args: argparse.Namespace, with_decoder: bool) -> Encoder:
     if args.checkpoint is not None:
         refuse_weights_flags(args, "--checkpoint")
         return of_run(args.checkpoint, untrained=args.untrained, with_decoder=with_decoder)

@@ -160,10 +160,15 @@ def _run(args: argparse.Namespace) -> None:
         restrict(images, read_classes(args.classes), args.classes)
     num_classes = len(np.unique(images.labels))
     num_clusters = settings.num_clusters or num_classes
-    if not 2 <= num_clusters <= len(images):
+    if num_clusters < 2:
+        raise UserError(
+            f"{args.test} would become {num_clusters} clusters, and it takes 2 or more to compare: "
+            "change --num_clusters or --classes"
+        )
+    if len(images) < num_clusters:
         raise UserError(
             f"{args.test} has {len(images)} images of these classes, too few for {num_clusters} "
-            "clusters of 2 or more: change --num_clusters or --classes"
+            "clusters: lower --num_clusters, or change --classes"
         )
 
     def examine(job: cli.Job) -> dict[str, Any]:

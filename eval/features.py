@@ -19,6 +19,7 @@ from data_ffcv import (
     open_eval_loader,
     split_by_class,
 )
+from data_ffcv.sources import open_source
 from eval._processes import all_agree, barrier, rank, tracked, world_size
 from eval._store import Features, FeatureStore
 from eval.encoders import Encoder
@@ -210,13 +211,19 @@ def _identity(encoder: Encoder, info: ImagesInfo) -> dict[str, Any]:
 
 
 def _version(info: ImagesInfo) -> str:
-    """Changes with a file's size or time, and with the images of a class folder."""
+    """Changes with the size or time of a file, or of any image of a folder of class folders."""
     if info.path.is_file():
-        status = info.path.stat()
-        return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
-    with os.scandir(info.path) as entries:
-        folders = sorted((e.name, e.stat().st_mtime_ns) for e in entries if e.is_dir())
-    return hashlib.sha256(repr((folders, info.labels.tobytes())).encode()).hexdigest()
+        return _file_version(info.path)
+    # An image that is overwritten leaves its folder's time as it was, so each one is asked.
+    source = open_source("imagefolder", info.path)
+    names = (source.name(number) for number in range(info.num_samples))
+    told = [(os.path.relpath(name, info.path), _file_version(name)) for name in names]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _file_version(path: str | Path) -> str:
+    status = os.stat(path)
+    return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
 
 
 def _check_same_classes(train: ImagesInfo, test: ImagesInfo) -> None:

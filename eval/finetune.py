@@ -20,7 +20,6 @@ from torch import nn
 
 from data_ffcv import ImagesInfo, choose_backend
 from eval._finetune_evaluate import evaluate
-from eval._finetune_groups import layer_decay_groups
 from eval._finetune_network import build_classifier, check_start, start
 from eval._finetune_recipe import LEVEL, FinetuneRecipe
 from eval._finetune_task import (
@@ -29,10 +28,19 @@ from eval._finetune_task import (
     test_augmentation,
     train_augmentation,
 )
+from eval._layer_decay import layer_decay_groups
 from eval.features import ImageSet, ImageSets
 from mlomae._ranks import launched_world_size
 from mlomae.errors import UserError
-from mlomae.program import Job, Program, exit_code, launch, make_job, parse_arguments
+from mlomae.program import (
+    Job,
+    Program,
+    exit_code,
+    launch,
+    make_job,
+    parse_arguments,
+    refuse_beside_evaluate,
+)
 from mlomae.task import count_cycles
 
 
@@ -74,7 +82,7 @@ class FinetuningProgram(Program[FinetuneRecipe]):
             vit,
             loss=soft_cross_entropy,
             num_cycles=count_cycles(recipe, self.images.train.num_samples),
-            param_groups=layer_decay_groups(vit, recipe.finetune),
+            param_groups=layer_decay_groups(vit, recipe.finetune, recipe.finetune.layer_decay),
         )
         return Finetuning(recipe, level, *self.images, lambda: build_classifier(recipe))
 
@@ -126,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch(FinetuningProgram(), *files, arguments.resume, overrides)
 
     def work() -> None:
+        refuse_beside_evaluate(arguments)
         job = make_job(FinetuneRecipe, *files, overrides=overrides)
         vit = build_classifier(job.recipe)
         evaluate(job, vit, arguments.evaluate, check_test(job.recipe))

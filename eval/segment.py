@@ -2,12 +2,12 @@
 
     deepspeed eval/segment.py --recipe R.yaml --deepspeed_config D.json --init_from RUN_OR_FILE \\
         [--resume] [key.subkey=value ...]
-    deepspeed eval/segment.py --recipe R.yaml --deepspeed_config D.json --evaluate \\
-        [--init_from RUN] [key.subkey=value ...]
+    deepspeed eval/segment.py --recipe R.yaml --deepspeed_config D.json --evaluate RUN \\
+        [key.subkey=value ...]
 
 --init_from takes a run of this project, or weights of MAE, MAE-CT, timm or Hugging Face; without
 it, training starts from random weights. --evaluate trains nothing: it counts on data.test with the
-network of --init_from (a run of this command), by default that of output_dir's newest checkpoint.
+network of a run of this command, and writes output_dir/eval/segment/.
 
 Images come with a mask each, in files that `python -m data_ffcv.convert segmentation` makes.
 """
@@ -27,9 +27,11 @@ from safetensors.torch import load_file
 
 from data_ffcv import BetonInfo, choose_backend, inspect_images
 from data_ffcv.inspect import count_pixels
+from eval._layer_decay import layer_decay_groups
 from eval._segmentation_metrics import IGNORED
 from eval._segmentation_recipe import LEVEL, SegmentationRecipe
 from eval._segmentation_task import (
+    ENCODER,
     HEAD_FILE,
     SegmentationLoss,
     SegmentationTask,
@@ -37,7 +39,6 @@ from eval._segmentation_task import (
     draw,
     evaluate,
     join_weights,
-    layer_decay_groups,
     tagged,
     to_inference,
     train_augmentation,
@@ -46,7 +47,15 @@ from mlomae._ranks import start_ranks
 from mlomae.errors import UserError
 from mlomae.models.upernet import UperNet
 from mlomae.pictures import save_picture
-from mlomae.program import Job, Program, exit_code, launch, make_job, parse_arguments
+from mlomae.program import (
+    Job,
+    Program,
+    exit_code,
+    launch,
+    make_job,
+    parse_arguments,
+    refuse_beside_evaluate,
+)
 from mlomae.report import write_result
 from mlomae.task import count_cycles
 from mlomae.vit import build_vit, check_encoder, load_encoder
@@ -94,7 +103,7 @@ class SegmentationProgram(Program[SegmentationRecipe]):
             network,
             loss=SegmentationLoss(recipe.head.auxiliary_weight),
             num_cycles=count_cycles(recipe, self.images.train.num_samples),
-            param_groups=layer_decay_groups(network, own),
+            param_groups=layer_decay_groups(network, own, own.layer_decay, ENCODER),
         )
         return SegmentationTask(recipe, level, *self.images, lambda: build_network(recipe))
 
@@ -182,7 +191,7 @@ def check_masks(recipe: SegmentationRecipe, key: str) -> BetonInfo:
 # --- evaluation alone --------------------------------------------------------------------------
 
 
-def evaluate_trained(job: Job[SegmentationRecipe]) -> None:
+def evaluate_trained(job: Job[SegmentationRecipe], run: str) -> None:
     """Count with a network that this command trained before. All ranks must call.
 
     Raises:
@@ -191,7 +200,7 @@ def evaluate_trained(job: Job[SegmentationRecipe]) -> None:
     recipe = job.recipe
     test = check_masks(recipe, "test")
     network = build_network(recipe)
-    checkpoint = load_trained(network, recipe)
+    checkpoint = load_trained(network, run)
     start_ranks()
     device = torch.device(get_accelerator().current_device_name())
     to_inference(network, device, job.compute_dtype)
@@ -207,13 +216,13 @@ def evaluate_trained(job: Job[SegmentationRecipe]) -> None:
         logger.info("%s  (%s)", numbers, folder / "result.json")
 
 
-def load_trained(network: UperNet, recipe: SegmentationRecipe) -> Path:
+def load_trained(network: UperNet, run: str) -> Path:
     """Fill a network from a run of this command; returns the checkpoint.
 
     Raises:
         UserError: there is none, or it is of another network.
     """
-    checkpoint = find_checkpoint(recipe.init_from[0] if recipe.init_from else recipe.output_dir)
+    checkpoint = find_checkpoint(run)
     try:
         given = join_weights(*(load_file(checkpoint / name) for name in (MODEL_FILE, HEAD_FILE)))
     except (OSError, SafetensorError) as error:
@@ -236,19 +245,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for, and return the exit code."""
     arguments, overrides = parse_arguments(__doc__, argv, _add_evaluate)
     files = arguments.recipe, arguments.deepspeed_config
-    if not arguments.evaluate:
+    if arguments.evaluate is None:
         return launch(SegmentationProgram(), *files, arguments.resume, overrides)
-    return exit_code(
-        lambda: evaluate_trained(make_job(SegmentationRecipe, *files, overrides=overrides))
-    )
+
+    def work() -> None:
+        refuse_beside_evaluate(arguments)
+        job = make_job(SegmentationRecipe, *files, overrides=overrides)
+        evaluate_trained(job, arguments.evaluate)
+
+    return exit_code(work)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluate",
-        action="store_true",
-        help="train nothing: count on data.test with the network of --init_from (a run of this "
-        "command), by default of output_dir's newest checkpoint",
+        metavar="RUN",
+        help="train nothing: count on data.test with the network of this run",
     )
 
 

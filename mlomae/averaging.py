@@ -27,12 +27,13 @@ class WeightAverage:
         for average, master in zip(self.shards, self._masters(), strict=True):
             average.lerp_(master.flatten().to(average), 1 - self.decay)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The averaged weights and the live buffers, whole, fp32, on the CPU of every rank.
+    def weights(self, *, everywhere: bool = True) -> dict[str, Tensor]:
+        """The averaged weights and the live buffers, whole, fp32, on the CPU. All ranks must call.
 
-        All ranks must call.
+        Args:
+            everywhere: on all ranks; else the weights are on the first rank alone.
         """
-        return full_weights(self.level, self.shards, everywhere=True)
+        return full_weights(self.level, self.shards, everywhere=everywhere)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's shards, by number."""

@@ -15,7 +15,7 @@ import torch
 
 from mlomae._recipe_section import flatten
 from mlomae.errors import UserError
-from mlomae.recipe import LevelRecipe, Recipe
+from mlomae.recipe import LevelRecipe, RunRecipe
 
 _BF16 = ("bf16", "bfloat16")  # the second is the older name
 _RECIPE_KEYS = (
@@ -54,7 +54,11 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 
 def check_deepspeed_config(
-    config: Mapping[str, Any], recipe: Recipe, world_size: int, recipe_name: str, config_name: str
+    config: Mapping[str, Any],
+    recipe: RunRecipe,
+    world_size: int,
+    recipe_name: str,
+    config_name: str,
 ) -> None:
     """Refuse a JSON with which the recipe cannot be trained, for any of its levels.
 

@@ -179,6 +179,19 @@ def parse_arguments(
     return arguments, given + arguments.overrides
 
 
+def refuse_beside_evaluate(arguments: argparse.Namespace) -> None:
+    """Refuse flags that only training heeds, beside a program's own `--evaluate`.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for flag in ("resume", "init_from", "init_from_expected"):
+        if getattr(arguments, flag):
+            raise UserError(
+                f"--{flag} is for training, and --evaluate says what is counted with: remove one"
+            )
+
+
 def launch(
     program: Program[Any],
     recipe: str,
@@ -285,6 +298,8 @@ def run_job(program: Program[R], job: Job[R]) -> None:
     with ExitStack() as stack:
         task.open(progress.cycle, stack)
         Trainer(recipe, task, progress).run()
+    for level in task.levels.values():
+        level.engine.destroy()  # else its hooks keep all its memory while a next run needs it
 
 
 def checkpoint_bytes(program: Program[R], recipe: R) -> int:

@@ -19,7 +19,9 @@ SUMMARY_FILE, RESULT_FILE, REPORT_FILE = "summary.json", "result.json", "report.
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write how long a run took and how fast it was; its presence says that the run is over."""
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1))
+    partial = folder / f"{SUMMARY_FILE}.tmp"
+    partial.write_text(json.dumps(summary, indent=1))
+    partial.replace(folder / SUMMARY_FILE)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -46,7 +48,7 @@ def write_report(
         ("training time", f"{summary['seconds']:.0f} s"),
         ("images per second", f"{summary['images_per_second']:.0f}"),
     ]
-    numbers = [(name, f"{value:.6g}") for name, value in evaluation.items()]
+    numbers = [(name, format_number(name, value)) for name, value in evaluation.items()]
     page = [
         f"# {folder.name}: {recipe.method}",
         table(("run", ""), run + task.report()),
@@ -56,6 +58,12 @@ def write_report(
         versions(),
     ]
     (folder / REPORT_FILE).write_text("\n\n".join(page) + "\n")
+
+
+def format_number(name: str, value: float) -> str:
+    """Accuracies and means of IoU in per cent, everything else with six digits."""
+    is_share = name.endswith(("accuracy", "/mIoU", "/mAcc", "/aAcc"))
+    return f"{100 * value:.2f} %" if is_share else f"{value:.6g}"
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -80,10 +80,10 @@ class Trainer:
                     is_saved = True
                 if stop:
                     raise Stopped(stop)
+            if not is_saved:
+                self._save()  # first, so that an evaluation which fails does not cost the training
             self._picture(monitor)
             self._evaluate(monitor)
-            if not is_saved:
-                self._save()
         self._summarise()
 
     def _record(self, monitor: Monitor, is_last: bool) -> None:
@@ -172,11 +172,11 @@ class Trainer:
             "images_per_second": num_images / seconds,
             "world_size": dist.get_world_size(),
         }
-        write_summary(self.output_dir, summary)
         if self._evaluation:
             result = {"method": self.recipe.method, **self.task.result(), **self._evaluation}
             write_result(self.output_dir, result | summary)
         write_report(self.output_dir, self.recipe, self.task, summary, self._evaluation)
+        write_summary(self.output_dir, summary)  # last: it says that all the rest is there
 
 
 class _Handlers:

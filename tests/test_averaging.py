@@ -46,7 +46,8 @@ def average_while_training(config: dict[str, Any]) -> list[Any]:
         saved = {name: shard.clone() for name, shard in average.state_dict().items()}
         other = WeightAverage(level, DECAY)
         other.load_state_dict(saved)
-        found.append((trajectory, average.weights(), other.weights(), full_weights(level)))
+        on_first = [full_weights(level), average.weights(everywhere=False)]
+        found.append((trajectory, average.weights(), other.weights(), on_first))
     return found
 
 
@@ -89,8 +90,10 @@ def test_whole_weights_are_alike_at_all_stages_and_on_the_first_rank_alone_unles
     for name in dict(model().named_parameters()):
         ours, theirs = (outcomes[0][s][0][-1][name] for s in (stage, 0))
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-    weights: list[dict[str, Tensor]] = [outcomes[rank][stage][3] for rank in range(2)]
-    assert "0.weight" in weights[0] and "0.weight" not in weights[1]
+    for number in range(2):  # the weights, and their average
+        weights: list[dict[str, Tensor]] = [outcomes[rank][stage][3][number] for rank in range(2)]
+        assert "0.weight" in weights[0] and "0.weight" not in weights[1]
+    assert torch.equal(outcomes[0][stage][3][1]["0.weight"], outcomes[0][stage][1]["0.weight"])
 
 
 def test_masters_begin_as_the_module(outcomes):

@@ -1,5 +1,6 @@
 """The shipped recipes hold the published hyperparameters, written down here once more."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,10 @@ def test_the_light_network_is_light_in_every_recipe(name):
     with torch.device("meta"):
         network = build_masking_network(recipe)
     assert sum(p.numel() for p in network.parameters()) < 1_000_000
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/examinations.md", "docs/results.md"])
+def test_every_recipe_in_a_text_is_shipped(page):
+    text = (RECIPES.parents[1] / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"--recipe ([a-z]\w+)", text)) | set(re.findall(r"`(knn_\w+)`", text))
+    assert named and named <= set(SHIPPED)

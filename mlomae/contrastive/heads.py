@@ -42,7 +42,7 @@ def read_head(recipe: TuneRun) -> dict[str, Tensor]:
         path = find_checkpoint(path) / HEAD_FILE
     state = read_tensors(path)
     wanted = _wanted(recipe)
-    missing = [name for name in wanted if name not in state]
+    missing = [name for name in (*wanted, *_QUEUE) if name not in state]
     if missing:
         raise UserError(
             f"head_from {path} is no contrastive head (it lacks {', '.join(missing[:3])}): give "

@@ -90,6 +90,13 @@ class TuneRecipe(ContrastRecipe):
     target_ema_decay: _Decay = 0.99
     """Likewise the average of the projector, which makes neighbours' queries and the queue."""
 
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        if self.decay_norm_and_bias:
+            problem = "is true, but 1-D weights never decay in this step: remove it"
+            raise Refusal("decay_norm_and_bias", problem)
+        return self
+
     @property
     def head_lr(self) -> float:
         """The head's peak learning rate."""

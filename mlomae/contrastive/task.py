@@ -133,7 +133,7 @@ class TuneTask(HeadTask):
     def weights(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The averaged encoder, the last one, and the head with its averaged projector."""
         last = full_weights(self.level)
-        yield MODEL_FILE, self._encoder(self.average.weights())
+        yield MODEL_FILE, self._encoder(self.average.weights(everywhere=False))
         yield LAST_FILE, self._encoder(last)
         target = {f"target_projector.{n}": t for n, t in self.target.state_dict().items()}
         yield HEAD_FILE, self.head_weights({**part(last, "head."), **target})

@@ -70,7 +70,8 @@ class GlobalBatchNorm(nn.Module):
     """Batch norm of [B, C] over the batches of all ranks, on any device.
 
     `torch.nn.SyncBatchNorm` runs on GPUs alone. Statistics are float32 or wider; names, momentum
-    and eps are those of `torch.nn.BatchNorm1d`, which this is where there is one process.
+    and eps are those of `torch.nn.BatchNorm1d`, which this is where there is one process, but that
+    a batch which is not finite, whose step is skipped, does not spoil the running statistics.
     """
 
     running_mean: Tensor
@@ -101,7 +102,8 @@ class GlobalBatchNorm(nn.Module):
         with torch.no_grad():
             unbiased = variance * count / max(count - 1, 1)
             for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                running.lerp_(new.to(running.dtype), self.momentum)
+                moved = running.lerp(new.to(running.dtype), self.momentum)
+                running.copy_(torch.where(moved.isfinite(), moved, running))
             self.num_batches_tracked += 1
         return mean, variance
 

@@ -101,17 +101,6 @@ class UperNet(nn.Module):
             "auxiliary": auxiliary,
         }
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for `timm.optim.param_groups_layer_decay`; neck and heads are one, the last."""
-        return {
-            "stem": r"^backbone\.(?:cls_token|pos_embed|patch_embed)",
-            "blocks": [(r"^backbone\.blocks\.(\d+)", None)],
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters of more than one dimension that are not decayed."""
-        return {"backbone.cls_token", "backbone.pos_embed"}
-
 
 def feature_blocks(depth: int) -> tuple[int, ...]:
     """The four blocks whose outputs are used, counted from 0.

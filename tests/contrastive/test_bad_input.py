@@ -51,6 +51,7 @@ def refused(
         ("tune.num_frozen_blocks=2", ["tune.num_frozen_blocks is 2", "2 blocks"]),
         ("head.gradient_accumulation_steps=2", ["head.gradient_accumulation_steps", "use 1"]),
         ("tune.num_views=1", ["tune.num_views is 1"]),
+        ("tune.decay_norm_and_bias=true", ["tune.decay_norm_and_bias is true", "remove it"]),
         ("tune.warmup_epochs=3", ["tune.warmup_epochs is 3", "epochs 0.8"]),
         ("masking.network=mlp", ["masking.network", "random"]),
         ("masking.mask_ratio=0.99", ["masking.mask_ratio", "0.99"]),
@@ -114,6 +115,11 @@ def test_a_head_that_does_not_fit_is_named(tune_run: TuneRun, tmp_path: Path) ->
     for sizes, name in (((64, 16, 16, 8, 16), "queue is"), ((32, 24, 16, 8, 16), "projector.0")):
         with pytest.raises(UserError, match=rf"head\.th does not fit the recipe: {name}"):
             read_head(head_file(*sizes))
+    run = head_file(32, 16, 16, 8, 16)
+    state = torch.load(run.head_from)["state_dict"]
+    torch.save({name: t for name, t in state.items() if name != "queue_ptr"}, run.head_from)
+    with pytest.raises(UserError, match=r"is no contrastive head \(it lacks queue_ptr\)"):
+        read_head(run)
     torch.save({"projector.0.weight": torch.zeros(1)}, tmp_path / "none.th")
     with pytest.raises(UserError, match=r"none\.th is no contrastive head \(it lacks projector\.1"):
         read_head(tune_run.model_copy(update={"head_from": tmp_path / "none.th"}))

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from scipy.stats import ortho_group
@@ -8,8 +9,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from eval._store import Features
-from eval.cached_probe import LinearHeads, ProbeSettings, _decay, _train, evaluate, fit_cached_probe
+from eval.cached_probe import (
+    LinearHeads,
+    ProbeSettings,
+    _check,
+    _decay,
+    _train,
+    evaluate,
+    fit_cached_probe,
+)
 from eval.features import EncodedSets, LabelledFeatures
+from mlomae.errors import UserError
 
 QUICK = ProbeSettings(epochs=10, batch_size=128)
 
@@ -122,3 +132,17 @@ def test_agrees_with_logistic_regression_on_digits():
     settings = ProbeSettings(base_lrs=(0.1, 0.3, 1.0), batch_size=64)
     accuracy = evaluate(data, settings)["accuracy"]
     assert accuracy == pytest.approx(reference.score(test_images, test_labels), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("labels", "batch_size", "sentence"),
+    [
+        ([0, 1, 2, 3], 1024, "4 training images are too few to hold some out"),
+        ([], 1024, "0 training images are too few"),
+        ([0, 0, 0], 1, "--batch_size is 1"),
+    ],
+)
+def test_refuses_what_no_rate_can_be_chosen_on(labels, batch_size, sentence):
+    with pytest.raises(UserError, match=sentence):
+        _check(np.array(labels, np.int64), ProbeSettings(batch_size=batch_size))
+    _check(np.array([0, 0, 1, 1]), ProbeSettings(batch_size=2))

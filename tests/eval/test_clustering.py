@@ -128,7 +128,7 @@ def test_the_published_list_has_fifteen_dogs():
         (["--classes", "dogs15"], "--classes dogs15 has n02085936, which is no class of"),
         (["--classes", "nowhere.txt"], "--classes nowhere.txt cannot be read"),
         (["--num_clusters", "61"], "too few for 61 clusters"),
-        (["--num_clusters", "1"], "too few for 1 clusters of 2 or more"),
+        (["--num_clusters", "1"], "would become 1 clusters, and it takes 2"),
     ],
 )
 def test_bad_input_is_one_sentence(run, data, capsys, flags, sentence):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from data_ffcv import open_eval_loader
@@ -124,6 +125,21 @@ def test_whatever_decides_the_features_is_another_store(run, data, tmp_path, enc
     ImageSet(data["test"]).encode(encoder, tmp_path, CPU)
     assert encoded == [60]
     assert len(list(tmp_path.glob("*/about.yaml"))) == 4
+
+
+def test_an_image_that_was_overwritten_is_encoded_again(run, tmp_path, encoded):
+    rng = np.random.default_rng(0)
+    for label in range(2):
+        (tmp_path / f"images/{label}").mkdir(parents=True)
+        pixels = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/{label}/a.png")
+    before = ImageSet(tmp_path / "images").encode(of_run(run), tmp_path / "kept", CPU)
+    Image.fromarray(255 - pixels).save(tmp_path / "images/1/a.png")
+    after = ImageSet(tmp_path / "images").encode(of_run(run), tmp_path / "kept", CPU)
+    ImageSet(tmp_path / "images").encode(of_run(run), tmp_path / "kept", CPU)
+    assert encoded[0] == 4
+    same = (before.features.load("cpu") == after.features.load("cpu")).all(dim=1)
+    assert same[before.labels == 0].all() and not same[before.labels == 1].any()
 
 
 def test_a_damaged_chunk_is_named(run, data, tmp_path):

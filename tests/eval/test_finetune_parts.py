@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
-from eval._finetune_groups import layer_decay_groups
+from eval import _finetune_task
 from eval._finetune_mixing import Mixer
 from eval._finetune_network import build_classifier, load_classifier, start
 from eval._finetune_recipe import FinetuneLevelRecipe, FinetuneRecipe, MixupRecipe
+from eval._finetune_task import Finetuning
 from eval._finetune_task import test_augmentation as crop_of_test
+from eval._layer_decay import layer_decay_groups
 from mlomae.errors import UserError
 from mlomae.recipe import dump_recipe, load_recipe
 
@@ -53,7 +56,7 @@ def test_every_weight_has_the_rate_and_decay_of_the_closed_form(global_pool: str
     vit = build_classifier(recipe)
     names = {id(param): name for name, param in vit.named_parameters()}
     seen = []
-    for group in layer_decay_groups(vit, recipe.finetune):
+    for group in layer_decay_groups(vit, recipe.finetune, recipe.finetune.layer_decay):
         for param in group["params"]:
             name = names[id(param)]
             seen.append(name)
@@ -82,7 +85,7 @@ def test_published_sizes_have_the_published_rates(size: str) -> None:
         vit = build_classifier(recipe)
     scales = {
         id(param): group["lr_scale"]
-        for group in layer_decay_groups(vit, recipe.finetune)
+        for group in layer_decay_groups(vit, recipe.finetune, recipe.finetune.layer_decay)
         for param in group["params"]
     }
     assert scales[id(vit.patch_embed.proj.weight)] == pytest.approx(lowest)
@@ -106,12 +109,15 @@ def test_groups_are_timms_own_where_there_is_no_final_norm() -> None:
             for param in group["params"]
         }
 
-    assert flat(layer_decay_groups(vit, recipe.finetune)) == flat(timms)
+    ours = layer_decay_groups(vit, recipe.finetune, recipe.finetune.layer_decay)
+    assert flat(ours) == flat(timms)
 
 
 def test_everything_decays_where_the_recipe_asks_for_it() -> None:
     recipe = recipe_with(finetune={"decay_norm_and_bias": True})
-    groups = layer_decay_groups(build_classifier(recipe), recipe.finetune)
+    groups = layer_decay_groups(
+        build_classifier(recipe), recipe.finetune, recipe.finetune.layer_decay
+    )
     assert {group["weight_decay"] for group in groups} == {0.05}
 
 
@@ -255,3 +261,35 @@ def test_larger_inputs_are_cut_without_a_margin(size: int, resize: int | None) -
         size,
         resize,
     )
+
+
+# --- evaluation of whole weights ---------------------------------------------------------------
+
+
+def test_evaluates_the_given_weights_without_drawing_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = recipe_with()
+    weights = build_classifier(recipe_with(seed=1)).state_dict()
+    task = Finetuning.__new__(Finetuning)
+    task.recipe, task.best, task.latest, task.cycles_per_epoch = recipe, {}, {}, 4.0
+    task.test = task.device = None  # type: ignore[assignment]
+    level = SimpleNamespace(dtype=torch.float32)
+    task.level = SimpleNamespace(num_steps=8, level=level)  # type: ignore[assignment]
+    built, counted = [], []
+
+    def build() -> torch.nn.Module:
+        built.append(build_classifier(recipe))
+        assert all(tensor.is_meta for tensor in built[0].state_dict().values())
+        return built[0]
+
+    def count(vit: torch.nn.Module, *_: Any) -> dict[str, float]:
+        counted.append({name: tensor.clone() for name, tensor in vit.state_dict().items()})
+        assert not any(tensor.is_meta for tensor in [*vit.parameters(), *vit.buffers()])
+        return {"accuracy": 0.5, "loss": 1.0, "num_images": 3}
+
+    task.build = build
+    monkeypatch.setattr(_finetune_task, "count", count)
+    assert task._count("test", weights) == {"test/accuracy": 0.5, "test/loss": 1.0}
+    torch.testing.assert_close(counted[0], dict(weights), rtol=0, atol=0)
+    assert task.best == {"test": (0.5, 2.0)} and task.latest == {"test": 0.5}

@@ -17,6 +17,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> ProbeSetup:
     setup = ProbeSetup(tmp_path_factory.mktemp("refusals"))
     write_images(setup.folder / "renamed", 6, seed=2)
     (setup.folder / "renamed/class1").rename(setup.folder / "renamed/a_dog")
+    write_images(setup.folder / "single", 3, seed=3)
     tensors = {f"layer.1.running_{name}": torch.ones(16) for name in ("mean", "var")}
     tensors |= {"layer.2.0.weight": torch.ones(3, 16), "layer.2.0.bias": torch.ones(3)}
     save_file(tensors, setup.folder / "probe.safetensors")
@@ -45,6 +46,11 @@ CASES = {
     "classes": ("mae", "data.num_classes=4", "data.num_classes is 4, but data.train"),
     "names": ("mae", "data.test={}/renamed", "the class 'class0' of data.train"),
     "batch": ("held_out", "probe.batch_size=90", "probe.batch_size is 90, but there are 81 images"),
+    "none held out": (
+        "held_out",
+        "data.train={}/single",
+        "single has 3 images of 3 classes, too few to hold some out",
+    ),
     "width": ("mae", "model.embed_dim=32", "model.embed_dim=16"),
     "heads": ("mae", "init_from={}/probe.safetensors", "holds a probe head"),
 }

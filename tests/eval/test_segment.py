@@ -158,7 +158,7 @@ def train_and_evaluate(launches: list[Any], home: str) -> tuple[list[tuple[int, 
     outcomes = drive(launches)
     flags = ["--recipe", f"{home}/plain.yaml", "--deepspeed_config", f"{home}/evaluate.json"]
     with mock.patch("torch.distributed.destroy_process_group"):
-        arguments = ["--evaluate", "--init_from", f"{home}/plain", f"output_dir={home}/alone"]
+        arguments = ["--evaluate", f"{home}/plain", f"output_dir={home}/alone"]
         code = segment.main([*flags, *arguments])
     return [*outcomes, (code, "")], scores_of_a_part(random_maps(5, 6), 6)
 

@@ -1,5 +1,6 @@
 """Metrics, inference and pictures of segmentation, against sums by hand and other libraries."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from eval._layer_decay import layer_decay_groups
 from eval._segmentation_inference import (
     Predictor,
     argmax_at,
@@ -22,8 +25,9 @@ from eval._segmentation_inference import (
 )
 from eval._segmentation_metrics import ConfusionMatrix, SegmentationScores, score
 from eval._segmentation_pictures import GAP, palette, segmentation_picture
-from eval._segmentation_task import pixel_cross_entropy
-from mlomae.recipe import load_recipe
+from eval._segmentation_task import ENCODER, pixel_cross_entropy
+from mlomae.models.upernet import UperNet
+from mlomae.recipe import LevelRecipe, load_recipe
 
 CPU = torch.device("cpu")
 
@@ -276,3 +280,30 @@ def test_picture_shows_image_mask_and_prediction_and_names_the_colours():
     assert (shown[1][:5] == np.round(40 + 0.6 * np.array([128, 0, 0]))).all()
     assert (shown[1][5:] == 40).all()
     assert (shown[2] == np.round(40 + 0.6 * np.array([0, 128, 0]))).all()
+
+
+@pytest.mark.parametrize("preset", ["standard", "tutorial"])
+def test_layer_decay_follows_the_depth(preset):
+    """Stem 0, block i in i + 1, neck and heads in L + 1; vectors, class token, positions as-is."""
+    depth = 4
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=depth, num_heads=2, num_classes=0
+    )
+    network = UperNet(vit, 3, preset=preset, channels=8 if preset == "standard" else None)
+    level = LevelRecipe(batch_size=2, lr=1e-4, weight_decay=0.05)
+    groups = layer_decay_groups(network, level, 0.65, ENCODER)
+    found = {
+        id(p): (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for p in group["params"]
+    }
+    assert len(found) == len(list(network.parameters()))
+    for name, parameter in network.named_parameters():
+        block = re.match(r"backbone\.blocks\.(\d+)", name)
+        layer = depth + 1
+        if name.startswith("backbone"):
+            layer = int(block[1]) + 1 if block else 0
+        is_plain = parameter.ndim > 1 and name not in ("backbone.cls_token", "backbone.pos_embed")
+        scale, decay = found[id(parameter)]
+        assert scale == pytest.approx(0.65 ** (depth + 1 - layer)), name
+        assert decay == (0.05 if is_plain else 0.0), name

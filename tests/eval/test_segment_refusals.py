@@ -137,17 +137,17 @@ def test_the_encoder_is_the_given_one(setup: SegmentSetup, tmp_path: Path) -> No
 
 
 def test_weights_of_another_network_are_not_evaluated(setup: SegmentSetup, tmp_path: Path) -> None:
-    recipe = setup.read("plain", f"init_from={tmp_path}")
+    recipe = setup.read("plain")
     network = segment.build_network(recipe)
     for file, tensors in split_weights(network.state_dict()).items():
         save_file(tensors, tmp_path / file)
-    assert segment.load_trained(network, recipe) == tmp_path
-    other = setup.read("plain", f"init_from={tmp_path}", "head.channels=8")
+    assert segment.load_trained(network, str(tmp_path)) == tmp_path
+    other = setup.read("plain", "head.channels=8")
     expected = (
         r"pooling\.cells\.0\.1\.0\.weight of shape \(16, 16, 1, 1\) and the recipe's network \(8,"
     )
     with pytest.raises(UserError, match=expected):
-        segment.load_trained(segment.build_network(other), other)
+        segment.load_trained(segment.build_network(other), str(tmp_path))
     (tmp_path / "segmentation.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot be read .*: give a run of eval/segment"):
-        segment.load_trained(network, recipe)
+        segment.load_trained(network, str(tmp_path))

@@ -33,7 +33,11 @@ def recipe(folder: Path, beton: Path) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(module_setup: Setup, beton: Path) -> list[Any]:
-    """Codes and stderr by rank, of a whole and a stopped and resumed run at each stage."""
+    """By rank: codes and stderr of all launches, and how many engines they left in memory.
+
+    A whole and a stopped and resumed run at each stage, one that is refused, one whose evaluation
+    fails after the training, and in a second launch its report, and one at stage 2.
+    """
     file = recipe(module_setup.folder, beton)
     launches = []
     for stage in STAGES:
@@ -47,13 +51,22 @@ def outcomes(module_setup: Setup, beton: Path) -> list[Any]:
         module_setup.launch("bad", "mean.batch_size=100", recipe=file)
         | {"program": "tests.launch.toy:ToyProgram"}
     )
-    return run_ranks("tests.launch.runs:drive", 2, module_setup.folder / "ranks", launches=launches)
+    unlucky = module_setup.folder / "unlucky"
+    final = launches[0] | {
+        "overrides": [f"output_dir={unlucky}", "monitor.eval_interval_epochs=null"]
+    }
+    launches.append(final | {"shell": f"mkdir {unlucky}; touch {unlucky}/no_evaluation"})
+    swap = f"rm {unlucky}/no_evaluation; touch {unlucky}/no_report"
+    launches.append(final | {"shell": swap, "resume": True})
+    launches.append(launch("finished", stage=2))
+    function = "tests.launch.toy:drive_and_count"
+    return run_ranks(function, 2, module_setup.folder / "ranks", launches=launches)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_has_every_bit_of_a_whole_one(outcomes, module_setup, stage):
     first = 3 * STAGES.index(stage)
-    assert [outcomes[0][first + i][0] for i in range(3)] == [0, 143, 0], outcomes[0][first]
+    assert [outcomes[0][0][first + i][0] for i in range(3)] == [0, 143, 0], outcomes[0]
     whole, halves = (module_setup.folder / f"{name}{stage}" for name in ("whole", "halves"))
     last = f"step_{NUM_CYCLES:08d}"
     assert checkpoints(whole) == checkpoints(halves) == ["latest", last]
@@ -87,9 +100,25 @@ def test_result_report_and_picture_are_left(outcomes, module_setup):
 
 
 def test_what_a_program_refuses_is_said_before_ranks_start(outcomes, module_setup):
-    code, stderr = outcomes[0][-1]
+    code, stderr = outcomes[0][0][6]
     assert code == 2 and "error: mean.batch_size is too large: lower it" in stderr
     assert not (module_setup.folder / "bad").exists()
+
+
+def test_what_fails_after_the_training_costs_only_itself(outcomes, module_setup):
+    (first, _), (second, stderr) = outcomes[0][0][7:9]
+    assert (first, second) == (2, 2) and "resumed from" in stderr
+    folder = module_setup.folder / "unlucky"
+    whole = contents(module_setup.folder / "whole0/checkpoints" / f"step_{NUM_CYCLES:08d}")
+    found = contents(folder / "checkpoints" / f"step_{NUM_CYCLES:08d}")
+    for name in ("shared.safetensors/num_counted", "own_00001.safetensors/seen"):
+        assert found[name] == whole[name]
+    # summary.json says that a run is over, so it is not there before the report
+    assert (folder / "result.json").is_file() and not (folder / "summary.json").exists()
+
+
+def test_a_finished_run_leaves_no_engine_in_memory(outcomes):
+    assert [(codes[9][0], count) for codes, count in outcomes] == [(0, 0), (0, 0)]
 
 
 def test_a_recipe_of_another_kind_is_refused(module_setup, beton):

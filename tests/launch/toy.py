@@ -1,5 +1,6 @@
 """A program of the smallest kind: mean colours by gradient descent, with state of every sort."""
 
+import gc
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -64,6 +65,8 @@ class ToyTask(Task):
         self.seen += images.mean((0, 2, 3))
 
     def evaluate(self) -> dict[str, float]:
+        if (self.recipe.output_dir / "no_evaluation").exists():
+            raise UserError("the test images are gone")
         return {"test/count": float(self.num_counted), "test/loss": 0.25}
 
     def pictures(self) -> dict[str, np.ndarray]:
@@ -84,7 +87,21 @@ class ToyTask(Task):
         return {"protocol": "toy"}
 
     def report(self) -> list[tuple[str, str]]:
+        if (self.recipe.output_dir / "no_report").exists():
+            raise UserError("no report")
         return [("protocol", "toy")]
+
+
+def drive_and_count(launches: list[dict[str, Any]]) -> tuple[list[Any], int]:
+    """What `drive` gives, and how many engines of stage 2 are left in memory after it."""
+    from deepspeed import DeepSpeedEngine
+
+    from tests.launch.runs import drive
+
+    outcomes = drive(launches)
+    gc.collect()
+    engines = [found for found in gc.get_objects() if type(found) is DeepSpeedEngine]
+    return outcomes, sum(engine.zero_optimization_stage() == 2 for engine in engines)
 
 
 class ToyProgram(Program[ToyRecipe]):

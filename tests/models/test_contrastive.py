@@ -48,6 +48,18 @@ def test_without_other_ranks_a_batch_norm_is_that_of_torch() -> None:
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+def test_a_batch_that_is_not_finite_leaves_the_running_statistics() -> None:
+    torch.manual_seed(0)
+    norm = GlobalBatchNorm(3)
+    norm(torch.randn(8, 3))
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    bad = torch.randn(8, 3)
+    bad[0, 0] = torch.nan
+    assert norm(bad)[:, 0].isnan().all()
+    assert norm.running_mean[0] == mean[0] and norm.running_var[0] == var[0]
+    assert (norm.running_mean[1:] != mean[1:]).all() and (norm.running_var[1:] != var[1:]).all()
+
+
 def test_statistics_of_half_precision_are_float32() -> None:
     """With an offset of 100, bfloat16 would leave nothing of a deviation of 1."""
     torch.manual_seed(0)

@@ -1,6 +1,5 @@
 """UperNet: counts and shapes by hand, every head against its formula, batch norm over ranks."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from mlomae.models.attention import Attention
@@ -283,31 +281,6 @@ def test_bfloat16_weights_give_float32_logits(preset):
     (out["logits"].mean() + out["auxiliary"].mean()).backward()
     gradients = [p.grad for p in network.parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
-
-
-# --- layer decay -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", ["standard", "tutorial"])
-def test_layer_decay_follows_the_depth(preset):
-    """Stem 0, block i in i + 1, neck and heads in L + 1; vectors, class token, positions as-is."""
-    network, depth = tiny(preset), 4
-    groups = param_groups_layer_decay(network, 0.05, network.no_weight_decay(), layer_decay=0.65)
-    found = {
-        id(p): (group["lr_scale"], group["weight_decay"])
-        for group in groups
-        for p in group["params"]
-    }
-    assert len(found) == len(list(network.parameters()))
-    for name, parameter in network.named_parameters():
-        block = re.match(r"backbone\.blocks\.(\d+)", name)
-        layer = depth + 1
-        if name.startswith("backbone"):
-            layer = int(block[1]) + 1 if block else 0
-        is_plain = parameter.ndim > 1 and name not in ("backbone.cls_token", "backbone.pos_embed")
-        scale, decay = found[id(parameter)]
-        assert scale == pytest.approx(0.65 ** (depth + 1 - layer)), name
-        assert decay == (0.05 if is_plain else 0.0), name
 
 
 # --- batch norm --------------------------------------------------------------------------------
