@@ -8,7 +8,7 @@ from torch import nn
 from eval._finetune_recipe import FinetuneRecipe
 from mlomae.errors import UserError
 from mlomae.foreign import read_weights
-from mlomae.vit import build_vit, check_encoder, load_encoder
+from mlomae.vit import build_vit, check_encoder, load_encoder, warn_of_other_pixels
 
 HEAD_STD = 2e-5  # of the head's initial weights, as in MAE's fine-tuning
 _OF_HEAD = ("fc_norm.", "head.")
@@ -36,6 +36,7 @@ def check_start(recipe: FinetuneRecipe) -> None:
     """Raise as `start` would."""
     if recipe.init_from:
         check_encoder(recipe.model, recipe.init_from, _expected(recipe))
+        warn_of_other_pixels(recipe)
 
 
 def start(vit: nn.Module, recipe: FinetuneRecipe) -> None:

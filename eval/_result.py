@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mlomae._quickstart_report import describe_machine
 from mlomae.errors import UserError
+from mlomae.weights import RECIPE_FILE
 
 RESULT_FILE, REPORT_FILE, METRICS_FILE = "result.json", "report.md", "metrics.jsonl"
 _ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +19,16 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 def make_folder(folder: Path, flag: str) -> None:
-    """Create the folder that a flag decides, before the work for it starts."""
+    """Create the folder that a flag decides, before the work for it starts.
+
+    Raises:
+        UserError: it holds a training run, whose files would be replaced, or cannot be made.
+    """
+    if any((folder / name).exists() for name in (RECIPE_FILE, "checkpoints")):
+        raise UserError(
+            f"the folder {folder} holds a training run, whose report and metrics would be "
+            f"replaced: choose another with {flag}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,7 +16,6 @@ Numbers of different protocols must not be compared, nor with those of `eval/cac
 encodes every image once.
 """
 
-import logging
 import sys
 
 import torch
@@ -27,12 +26,10 @@ from eval._probe_recipe import ProbeRecipe
 from eval._probe_task import LinearProbe
 from mlomae.errors import UserError
 from mlomae.foreign import check_weights, load_weights
-from mlomae.foreign.files import read_config
 from mlomae.models import MaskedAutoencoder
 from mlomae.program import Job, Program, run_program
 from mlomae.task import count_cycles
-
-logger = logging.getLogger(__name__)
+from mlomae.vit import warn_of_other_pixels
 
 
 class LinearProbeProgram(Program[ProbeRecipe]):
@@ -66,7 +63,7 @@ class LinearProbeProgram(Program[ProbeRecipe]):
             encoder = _build_encoder(recipe)
         expected = recipe.init_from_expected
         check_weights(encoder, recipe.init_from, expected=expected, parts="encoder")
-        _warn_of_other_pixels(recipe)
+        warn_of_other_pixels(recipe)
 
     def build(self, job: Job[ProbeRecipe]) -> LinearProbe:
         """The heads' engine, and the encoder beside it."""
@@ -96,17 +93,6 @@ def _build_encoder(recipe: ProbeRecipe) -> MaskedAutoencoder:
             decoder_depth=1,
             decoder_num_heads=1,
         )
-
-
-def _warn_of_other_pixels(recipe: ProbeRecipe) -> None:
-    """Say when the encoder was trained on images that were normalised otherwise."""
-    for path in recipe.init_from:
-        told = read_config(path)
-        for key in ("mean", "std"):
-            ours = getattr(recipe.data, key)
-            if key in told and tuple(told[key]) != ours:
-                message = "%s was trained with %s %s, but data.%s is %s"
-                logger.warning(message, path, key, list(told[key]), key, list(ours))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ from mlomae.program import (
 )
 from mlomae.report import write_result
 from mlomae.task import count_cycles
-from mlomae.vit import build_vit, check_encoder, load_encoder
+from mlomae.vit import build_vit, check_encoder, load_encoder, warn_of_other_pixels
 from mlomae.weights import MODEL_FILE, find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class SegmentationProgram(Program[SegmentationRecipe]):
         recipe = job.recipe
         if recipe.init_from and not job.is_continued:
             check_encoder(recipe.model, recipe.init_from, recipe.init_from_expected)
+            warn_of_other_pixels(recipe)
 
     def build(self, job: Job[SegmentationRecipe]) -> SegmentationTask:
         """The engine, filled with the initial weights."""

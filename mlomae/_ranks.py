@@ -54,7 +54,7 @@ def _join(backend: str) -> None:
             raise
         # Without a launcher's variables DeepSpeed asks MPI.
         raise UserError(
-            "no launcher has started this: run `deepspeed launch/pretrain.py ...`, or use torchrun"
+            f"no launcher has started this: run `deepspeed {sys.argv[0]} ...`, or use torchrun"
         ) from None
 
 

@@ -11,6 +11,7 @@ import timm
 import torch
 
 import mlomae
+from mlomae.monitor import read_metrics
 from mlomae.recipe import RunRecipe
 from mlomae.task import Task
 
@@ -48,16 +49,24 @@ def write_report(
         ("training time", f"{summary['seconds']:.0f} s"),
         ("images per second", f"{summary['images_per_second']:.0f}"),
     ]
-    numbers = [(name, format_number(name, value)) for name, value in evaluation.items()]
+    found = last_losses(folder) | evaluation
+    numbers = [(name, format_number(name, value)) for name, value in found.items()]
     page = [
         f"# {folder.name}: {recipe.method}",
         table(("run", ""), run + task.report()),
-        *([table(("result", ""), numbers)] if numbers else []),
+        table(("result", ""), numbers),
         f"Complete settings: `recipe.yaml`, `deepspeed_config.json`. Curves: `tensorboard --logdir "
         f"{folder} --host localhost`. One seed says little about small differences.",
         versions(),
     ]
     (folder / REPORT_FILE).write_text("\n\n".join(page) + "\n")
+
+
+def last_losses(folder: Path) -> dict[str, float]:
+    """Losses and online accuracies of a run's last record of training."""
+    records = [record for record in read_metrics(folder) if "seconds" in record]
+    shown = ("/loss", "accuracy")
+    return {name: value for name, value in records[-1].items() if name.endswith(shown)}
 
 
 def format_number(name: str, value: float) -> str:

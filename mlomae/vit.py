@@ -1,5 +1,6 @@
 """The encoder of examinations: timm's VisionTransformer, under MAE's names and with its values."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mlomae.foreign import check_weights, load_weights
+from mlomae.foreign.files import read_config
 from mlomae.foreign.layouts import to_timm
 from mlomae.models import MaskedAutoencoder
 from mlomae.models.attention import Attention
-from mlomae.recipe import EncoderRecipe
+from mlomae.recipe import EncoderRecipe, RunRecipe
+
+log = logging.getLogger(__name__)
 
 
 def build_vit(recipe: EncoderRecipe, *, num_classes: int = 0, **options: Any) -> VisionTransformer:
@@ -78,6 +82,17 @@ def check_encoder(
     with torch.device("meta"):
         autoencoder = _autoencoder(recipe)
     check_weights(autoencoder, paths, expected=expected, parts="encoder")
+
+
+def warn_of_other_pixels(recipe: RunRecipe) -> None:
+    """Say when an encoder was trained on images that were normalised otherwise."""
+    for path in recipe.init_from:
+        told = read_config(path)
+        for key in ("mean", "std"):
+            ours = getattr(recipe.data, key)
+            if key in told and tuple(told[key]) != ours:
+                message = "%s was trained with %s %s, but data.%s is %s"
+                log.warning(message, path, key, list(told[key]), key, list(ours))
 
 
 def _autoencoder(recipe: EncoderRecipe) -> MaskedAutoencoder:

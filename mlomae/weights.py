@@ -89,7 +89,11 @@ def find_checkpoint(path: str | Path) -> Path:
         c for c in complete_checkpoints(folder / "checkpoints") if (c / MODEL_FILE).is_file()
     ]
     if not complete:
-        raise UserError(f"{folder} holds no complete checkpoint: train first, or give another run")
+        inner = sorted(path.parent for path in folder.glob("*/checkpoints"))
+        mend = (
+            f"give {' or '.join(map(str, inner))}" if inner else "train first, or give another run"
+        )
+        raise UserError(f"{folder} holds no complete checkpoint: {mend}")
     return complete[-1]
 
 

@@ -61,7 +61,8 @@ def load_weights(
     """
     tensors, done = _fit(model, paths, expected, parts)
     model.load_state_dict({name: tensors[name] for name in done.names}, strict=False)
-    log.info("%d of %d tensors loaded from %s", len(done.names), len(model.state_dict()), done)
+    num_wanted = len(_part(model.state_dict(), parts))
+    log.info("%d of %d tensors loaded from %s", len(done.names), num_wanted, done)
     return done
 
 

@@ -274,3 +274,21 @@ def test_a_run_of_another_kind_is_read_by_its_weights(run, data):
     assert read(run / "eval" / "knn")["checkpoint"] == str(checkpoint)
     with pytest.raises(UserError, match="is a run of finetune"):
         of_run(run, untrained=True)
+
+
+def test_a_training_runs_own_files_are_not_replaced(run, data, capsys):
+    (run / "report.md").write_text("of the training")
+    assert knn.main(arguments(run, data, "--output_dir", str(run))) == 2
+    assert "holds a training run" in capsys.readouterr().err
+    assert (run / "report.md").read_text() == "of the training"
+
+
+def test_the_folder_around_runs_names_them(run, data, capsys):
+    assert knn.main(arguments(run.parent, data)) == 2
+    assert f"holds no complete checkpoint: give {run}" in capsys.readouterr().err
+
+
+def test_an_encoder_computes_in_the_precision_asked_for(run, data):
+    assert knn.main(arguments(run, data, "--precision", "bf16")) == 0
+    result = json.loads((run / "eval" / "knn" / "result.json").read_text())
+    assert result["precision"] == "bf16" and result["accuracy"] > 0.9

@@ -92,6 +92,8 @@ def test_result_report_and_picture_are_left(outcomes, module_setup):
     result = json.loads((folder / "result.json").read_text())
     assert (result["protocol"], result["test/count"], result["method"]) == ("toy", 10.0, "toy")
     page = (folder / "report.md").read_text()
+    last = [r["mean/loss"] for r in records(folder) if "mean/loss" in r][-1]
+    assert f"| mean/loss | {last:.6g} |" in page
     assert "| protocol | toy |" in page and "| test/loss | 0.25 |" in page
     assert "--host localhost" in page and f"({NUM_IMAGES} for mean)" in page
     assert json.loads((folder / "summary.json").read_text())["mean_steps"] == NUM_CYCLES
