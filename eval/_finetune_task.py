@@ -10,7 +10,7 @@ import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from data_ffcv import Augmentation, EvalLoader, ImagesInfo, open_eval_loader, open_stream
+from data_ffcv import Augmentation, EvalLoader, ImagesInfo, open_eval_loader
 from eval._accuracy import count_correct
 from eval._finetune_mixing import Mixer
 from eval._finetune_recipe import LEVEL, FinetuneRecipe
@@ -71,23 +71,8 @@ class Finetuning(Task):
 
     def open(self, cycle: int, stack: ExitStack) -> None:
         """Open the stream at the batch of a cycle."""
-        recipe, data, world_size = self.recipe, self.recipe.data, dist.get_world_size()
-        stream = open_stream(
-            self.train.path,
-            augmentation=train_augmentation(recipe),
-            batch_size=recipe.finetune.batch_size // world_size,
-            seed=recipe.seed,
-            name=LEVEL,
-            rank=dist.get_rank(),
-            world_size=world_size,
-            mean=data.mean,
-            std=data.std,
-            start_batch=cycle,
-            num_workers=data.num_workers,
-            backend=data.backend,
-            device=self.device,
-        )
-        self.streams[LEVEL] = stack.enter_context(stream)
+        augmentation = train_augmentation(self.recipe)
+        self.open_stream(LEVEL, cycle, stack, self.train.path, augmentation)
 
     def cycle(self) -> None:
         """Draw, mix, step, and let the average follow."""

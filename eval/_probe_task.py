@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_ffcv import ImagesInfo, open_eval_loader, open_stream
+from data_ffcv import ImagesInfo, open_eval_loader
 from eval._probe_heads import FeatureNorm, LinearHeads, head_accuracies
 from eval._probe_images import ProbeImages
 from eval._probe_recipe import NORM_EPS, ProbeRecipe
@@ -79,24 +79,9 @@ class LinearProbe(Task):
                 f"{' and '.join(map(str, self.files))} holds other weights than those that this "
                 "probe was begun with: give these as init_from, or choose another output_dir"
             )
-        recipe, data = self.recipe, self.recipe.data
-        stream = open_stream(
-            self.images.train.path,
-            augmentation=self.images.augmentation,
-            indices=self.images.trained,
-            batch_size=recipe.probe.batch_size // dist.get_world_size(),
-            seed=recipe.seed,
-            name="probe",
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            mean=data.mean,
-            std=data.std,
-            start_batch=cycle,
-            num_workers=data.num_workers,
-            backend=data.backend,
-            device=self.device,
-        )
-        self.streams["probe"] = stack.enter_context(stream)
+        images = self.images
+        place = images.train.path, images.augmentation
+        self.open_stream("probe", cycle, stack, *place, indices=images.trained)
 
     def cycle(self) -> None:
         """One step of all heads."""

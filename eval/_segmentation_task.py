@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from data_ffcv import Augmentation, BetonInfo, WholeImages, open_stream
+from data_ffcv import Augmentation, BetonInfo, WholeImages
 from eval._segmentation_inference import Predictor
 from eval._segmentation_metrics import IGNORED, ConfusionMatrix, SegmentationScores, score
 from eval._segmentation_pictures import palette, segmentation_picture
@@ -81,23 +81,8 @@ class SegmentationTask(Task):
 
     def open(self, cycle: int, stack: ExitStack) -> None:
         """Open the stream at the batch of a cycle."""
-        recipe, data, world_size = self.recipe, self.recipe.data, dist.get_world_size()
-        stream = open_stream(
-            self.train.path,
-            augmentation=train_augmentation(recipe),
-            batch_size=recipe.segmentation.batch_size // world_size,
-            seed=recipe.seed,
-            name=LEVEL,
-            rank=dist.get_rank(),
-            world_size=world_size,
-            mean=data.mean,
-            std=data.std,
-            start_batch=cycle,
-            num_workers=data.num_workers,
-            backend=data.backend,
-            device=self.device,
-        )
-        self.streams[LEVEL] = stack.enter_context(stream)
+        augmentation = train_augmentation(self.recipe)
+        self.open_stream(LEVEL, cycle, stack, self.train.path, augmentation)
 
     def cycle(self) -> None:
         """Draw, and step."""

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from data_ffcv import Augmentation, ImagesInfo, open_eval_loader, open_stream
+from data_ffcv import Augmentation, ImagesInfo, open_eval_loader
 from mlomae.engines import TrainingLevel, evaluating, full_weights
 from mlomae.mae import Mae
 from mlomae.mlo_mae import MloMae
@@ -65,26 +64,10 @@ class Pretraining(Task):
 
     def open(self, cycle: int, stack: ExitStack) -> None:
         """Open the levels' streams at the batches of a cycle."""
-        recipe = self.recipe
-        for name, level in recipe.levels.items():
+        for name, level in self.recipe.levels.items():
             images = self.images[name]
-            stream = open_stream(
-                images.info.path,
-                augmentation=(images.augmentation,) * level.num_views,
-                indices=images.indices,
-                batch_size=level.batch_size // dist.get_world_size(),
-                seed=recipe.seed,
-                name=name,
-                rank=dist.get_rank(),
-                world_size=dist.get_world_size(),
-                mean=recipe.data.mean,
-                std=recipe.data.std,
-                start_batch=cycle * level.steps_per_cycle,
-                num_workers=recipe.data.num_workers,
-                backend=recipe.data.backend,
-                device=self.device,
-            )
-            self.streams[name] = stack.enter_context(stream)
+            views = (images.augmentation,) * level.num_views
+            self.open_stream(name, cycle, stack, images.info.path, views, images.indices)
 
     def cycle(self) -> None:
         """Step all levels once or as often as the recipe says."""

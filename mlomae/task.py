@@ -1,15 +1,17 @@
 """What a run trains: its levels, what a cycle of them does, and what it leaves."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from data_ffcv import Stream
+from data_ffcv import Augmentation, Stream, open_stream
 from mlomae.engines import TrainingLevel, full_weights
 from mlomae.monitor import Meters
 from mlomae.recipe import RunRecipe
@@ -96,6 +98,41 @@ class Task(ABC):
     def report(self) -> list[tuple[str, str]]:
         """Rows (what, value) of the one-page report besides those that every run has."""
         return []
+
+    def open_stream(
+        self,
+        name: str,
+        cycle: int,
+        stack: ExitStack,
+        path: Path,
+        augmentation: Augmentation | Sequence[Augmentation],
+        indices: np.ndarray | None = None,
+        with_numbers: bool = False,
+    ) -> None:
+        """Open a level's stream at its batches of a cycle; for `open`.
+
+        Args:
+            path, augmentation, indices, with_numbers: as `data_ffcv.open_stream` has them.
+        """
+        level, data, world_size = self.recipe.levels[name], self.recipe.data, dist.get_world_size()
+        stream = open_stream(
+            path,
+            augmentation=augmentation,
+            indices=indices,
+            batch_size=level.batch_size // world_size,
+            seed=self.recipe.seed,
+            name=name,
+            rank=dist.get_rank(),
+            world_size=world_size,
+            mean=data.mean,
+            std=data.std,
+            start_batch=cycle * level.steps_per_cycle,
+            with_numbers=with_numbers,
+            num_workers=data.num_workers,
+            backend=data.backend,
+            device=self.device,
+        )
+        self.streams[name] = stack.enter_context(stream)
 
     def draw(self, name: str) -> tuple[Tensor, ...]:
         """The next batch of a level's stream."""

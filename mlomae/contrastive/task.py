@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_ffcv import Augmentation, ImagesInfo, open_stream
+from data_ffcv import Augmentation, ImagesInfo
 from mlomae.averaging import WeightAverage
 from mlomae.contrastive.heads import HEAD_FILE, part
 from mlomae.contrastive.loss import NnclrLoss, TwoViews
@@ -51,24 +50,8 @@ class HeadTask(Task):
 
     def open(self, cycle: int, stack: ExitStack) -> None:
         """Open the stream of two views at the batch of a cycle."""
-        recipe, name = self.recipe, self.level.name
-        stream = open_stream(
-            self.info.path,
-            augmentation=self.views,
-            batch_size=recipe.levels[name].batch_size // dist.get_world_size(),
-            seed=recipe.seed,
-            name=name,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            mean=recipe.data.mean,
-            std=recipe.data.std,
-            start_batch=cycle,
-            with_numbers=True,
-            num_workers=recipe.data.num_workers,
-            backend=recipe.data.backend,
-            device=self.device,
-        )
-        self.streams[name] = stack.enter_context(stream)
+        path = self.info.path
+        self.open_stream(self.level.name, cycle, stack, path, self.views, with_numbers=True)
 
     def cycle(self) -> None:
         """One step; the queue and the averages move with it, or wait where it is skipped."""

@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_ffcv import inspect_images, open_stream
+from data_ffcv import inspect_images
 from mlomae.averaging import WeightAverage
 from mlomae.errors import UserError
 from mlomae.program import Job, Program
@@ -42,19 +41,8 @@ class ToyTask(Task):
         self.seen = torch.zeros(3)
 
     def open(self, cycle: int, stack: ExitStack) -> None:
-        data, world_size = self.recipe.data, dist.get_world_size()
-        stream = open_stream(
-            data.train,
-            augmentation=data.augmentation.build(8),
-            batch_size=self.recipe.levels["mean"].batch_size // world_size,
-            seed=0,
-            mean=data.mean,
-            std=data.std,
-            start_batch=cycle,
-            rank=dist.get_rank(),
-            world_size=world_size,
-        )
-        self.streams["mean"] = stack.enter_context(stream)
+        data = self.recipe.data
+        self.open_stream("mean", cycle, stack, data.train, data.augmentation.build(8))
 
     def cycle(self) -> None:
         images, _ = self.draw("mean")
