@@ -66,12 +66,13 @@ def last_losses(folder: Path) -> dict[str, float]:
     """Losses and online accuracies of a run's last record of training."""
     records = [record for record in read_metrics(folder) if "seconds" in record]
     shown = ("/loss", "accuracy")
-    return {name: value for name, value in records[-1].items() if name.endswith(shown)}
+    last = records[-1] if records else {}
+    return {name: value for name, value in last.items() if name.endswith(shown)}
 
 
 def format_number(name: str, value: float) -> str:
     """Accuracies and means of IoU in per cent, everything else with six digits."""
-    is_share = name.endswith(("accuracy", "/mIoU", "/mAcc", "/aAcc"))
+    is_share = "accuracy" in name or name.endswith(("/mIoU", "/mAcc", "/aAcc"))
     return f"{100 * value:.2f} %" if is_share else f"{value:.6g}"
 
 
