@@ -18,17 +18,21 @@ _ROOT = Path(__file__).resolve().parents[1]
 _STEP = re.compile(r"step_(\d+)")
 
 
-def make_folder(folder: Path, flag: str) -> None:
-    """Create the folder that a flag decides, before the work for it starts.
+def refuse_run_folder(folder: Path, flag: str) -> None:
+    """Refuse to write an evaluation's files among those of a training run, which they replace.
 
     Raises:
-        UserError: it holds a training run, whose files would be replaced, or cannot be made.
+        UserError: the folder is a run's.
     """
     if any((folder / name).exists() for name in (RECIPE_FILE, "checkpoints")):
         raise UserError(
             f"the folder {folder} holds a training run, whose report and metrics would be "
             f"replaced: choose another with {flag}"
         )
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Create the folder that a flag decides, before the work for it starts."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -96,6 +96,7 @@ def evaluate_encoder(
     folder = args.output_dir or _default_folder(args, name)
     kept = getattr(args, "features", None)
     features = kept or (folder if args.output_dir else folder.parent) / "features"
+    _result.refuse_run_folder(folder, "--output_dir")
     _result.make_folder(folder, "--output_dir")
     found = evaluate(Job(encoder, default_device(), features, folder))
     if _processes.rank() != 0:

@@ -283,6 +283,13 @@ def test_a_training_runs_own_files_are_not_replaced(run, data, capsys):
     assert (run / "report.md").read_text() == "of the training"
 
 
+def test_a_comparison_is_one_file_and_may_lie_beside_a_run(run, data):
+    (run / "recipe.yaml").write_text("of the training")
+    file = run / "compare.json"
+    flags = ["--train", data["train"], "--test", data["test"], "--output", str(file)]
+    assert compare.main([*flags, str(run)]) == 0 and file.is_file()
+
+
 def test_the_folder_around_runs_names_them(run, data, capsys):
     assert knn.main(arguments(run.parent, data)) == 2
     assert f"holds no complete checkpoint: give {run}" in capsys.readouterr().err
