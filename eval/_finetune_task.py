@@ -97,7 +97,7 @@ class Finetuning(Task):
         """The last weights, and their average."""
         yield MODEL_FILE, full_weights(self.level)
         if self.average is not None:
-            yield AVERAGE_FILE, self.average.weights()
+            yield AVERAGE_FILE, self.average.weights(everywhere=False)
 
     def shared_state(self) -> dict[str, Tensor]:
         """The best evaluations so far."""

@@ -137,7 +137,7 @@ def _evaluate(
     }
     kinds = {"random": random_masks(settings.seed)}
     if network is not None:
-        learned = network.to(job.device)
+        learned = network.to(job.device, model.cls_token.dtype)
         kinds["learned"] = lambda number: learned
     for kind, masks in kinds.items():
         errors = reconstruction_error(job.encoder, images, masks, settings.mask_ratio, job.device)

@@ -89,7 +89,8 @@ def find_checkpoint(path: str | Path) -> Path:
         c for c in complete_checkpoints(folder / "checkpoints") if (c / MODEL_FILE).is_file()
     ]
     if not complete:
-        inner = sorted(path.parent for path in folder.glob("*/checkpoints"))
+        is_run = (folder / RECIPE_FILE).exists()  # one around runs has no recipe
+        inner = [] if is_run else sorted(path.parent for path in folder.glob("*/checkpoints"))
         mend = (
             f"give {' or '.join(map(str, inner))}" if inner else "train first, or give another run"
         )

@@ -44,7 +44,7 @@ def find_file(path: str | Path) -> Path:
             return path / name
     if states := sorted(path.glob(f"checkpoint_*/{MODEL_FILE}"), key=_state_number):
         return states[-1]
-    if (path / "checkpoints").is_dir():
+    if any(path.glob("checkpoints")) or any(path.glob("*/checkpoints")):
         return find_checkpoint(path) / MODEL_FILE
     raise UserError(
         f"{path} holds no weights ({', '.join(FOLDER_FILES)}): give a weights file, a Hugging Face "

@@ -86,6 +86,16 @@ def test_a_run_shows_random_and_learned_masks(run, data):
     assert reconstruct.main([*flags, "--untrained"]) == 0
 
 
+def test_learned_masks_are_scored_in_bf16_as_well(run, data):
+    flags = ["--checkpoint", str(run), "--test", data["test"]]
+    assert reconstruct.main(flags) == 0
+    full = json.loads((run / "eval" / "reconstruct" / "result.json").read_text())
+    assert reconstruct.main([*flags, "--precision", "bf16"]) == 0
+    half = json.loads((run / "eval" / "reconstruct" / "result.json").read_text())
+    assert half["precision"] == "bf16"
+    assert half["patch_error_learned"] == pytest.approx(full["patch_error_learned"], rel=0.05)
+
+
 def test_other_peoples_weights_need_their_decoder(run, foreign, data, tmp_path, capsys):
     flags = ["--test", data["test"], "--output_dir", str(tmp_path / "out")]
     assert reconstruct.main([*flags, "--init_from", str(foreign)]) == 0

@@ -248,3 +248,9 @@ def test_an_encoder_that_computes_otherwise_is_refused(tmp_path, key, value):
     (tmp_path / "config.json").write_text(json.dumps({key: value, "num_attention_heads": 2}))
     with pytest.raises(UserError, match=f"config.json has {key} {value}, but the encoder here"):
         read_config(tmp_path)
+
+
+def test_a_folder_around_runs_names_them(tmp_path):
+    (tmp_path / "tune" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"no complete checkpoint: give {tmp_path}/tune"):
+        find_file(tmp_path)
