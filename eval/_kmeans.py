@@ -1,4 +1,7 @@
-"""k-means of many features: Lloyd's iterations from k-means++ starts, in chunks, with a seed."""
+"""k-means of many features: Lloyd's iterations from k-means++ starts, in chunks, with a seed.
+
+Not scikit-learn's, which runs on the CPU alone, and whose sums depend on the number of threads.
+"""
 
 from dataclasses import dataclass
 

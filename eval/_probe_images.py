@@ -7,6 +7,7 @@ import numpy as np
 
 from data_ffcv import Augmentation, ImagesInfo, inspect_images, split_by_class
 from eval._probe_recipe import ProbeRecipe
+from eval.features import check_class_names
 from mlomae.errors import UserError
 
 
@@ -42,12 +43,7 @@ def find_images(recipe: ProbeRecipe) -> ProbeImages:
     data = recipe.data
     train = _labelled("data.train", data.train, data.num_classes)
     test = _labelled("data.test", data.test, data.num_classes)
-    for mine, other in zip(train.classes, test.classes, strict=True):
-        if mine != other:
-            raise UserError(
-                f"the class '{mine}' of data.train {train.path} is '{other}' in data.test "
-                f"{test.path}: give two sets with the same classes"
-            )
+    check_class_names(train, test, f"data.train {train.path}", f"data.test {test.path}")
     trained = held_out = None
     if recipe.protocol == "held_out":
         trained, held_out = split_by_class(train.labels, data.held_out_fraction, recipe.seed)

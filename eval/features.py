@@ -237,9 +237,21 @@ def _check_same_classes(train: ImagesInfo, test: ImagesInfo) -> None:
             f"{train.path} has {train.num_classes} classes, but {test.path} has "
             f"{test.num_classes}: convert both from folders with the same classes"
         )
+    check_class_names(train, test, str(train.path), str(test.path))
+
+
+def check_class_names(train: ImagesInfo, test: ImagesInfo, train_name: str, test_name: str) -> None:
+    """Refuse two sets of as many classes with other names, or with the same ones in other order.
+
+    Args:
+        train_name, test_name: what the error calls the two.
+
+    Raises:
+        UserError: names the first class that differs.
+    """
     for mine, other in zip(train.classes, test.classes, strict=True):
         if mine != other:
             raise UserError(
-                f"the class '{mine}' of {train.path} is '{other}' in {test.path}: convert both "
-                "from folders with the same classes"
+                f"the class '{mine}' of {train_name} is '{other}' in {test_name}: give two sets "
+                "with the same classes"
             )

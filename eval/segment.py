@@ -43,6 +43,7 @@ from eval._segmentation_task import (
     to_inference,
     train_augmentation,
 )
+from eval.features import check_class_names
 from mlomae._ranks import start_ranks
 from mlomae.errors import UserError
 from mlomae.models.upernet import UperNet
@@ -146,12 +147,7 @@ def check_images(recipe: SegmentationRecipe) -> Images:
     """
     data, level = recipe.data, recipe.segmentation
     train, test = check_masks(recipe, "train"), check_masks(recipe, "test")
-    for mine, other in zip(train.classes, test.classes, strict=True):
-        if mine != other:
-            raise UserError(
-                f"the class '{mine}' of {data.train} is '{other}' in {data.test}: convert both "
-                "with the same --classes"
-            )
+    check_class_names(train, test, f"data.train {data.train}", f"data.test {data.test}")
     if train.num_samples < level.batch_size:
         raise UserError(
             f"{LEVEL}.batch_size is {level.batch_size}, but {data.train} has {train.num_samples} "
