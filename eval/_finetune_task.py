@@ -18,6 +18,7 @@ from eval.features import eval_augmentation
 from mlomae.averaging import WeightAverage
 from mlomae.engines import TrainingLevel, full_weights
 from mlomae.hypergrad.losses import Models
+from mlomae.hypergrad.partition import Vector
 from mlomae.models.precision import at_least_float32
 from mlomae.task import Task
 from mlomae.weights import MODEL_FILE
@@ -103,15 +104,13 @@ class Finetuning(Task):
         """The best evaluations so far."""
         return {tag: torch.tensor(best, dtype=torch.float64) for tag, best in self.best.items()}
 
-    def rank_state(self) -> dict[str, Tensor]:
-        """This rank's shards of the average."""
-        return {} if self.average is None else self.average.state_dict()
+    def vectors(self) -> dict[str, dict[str, Vector]]:
+        """The average."""
+        return {} if self.average is None else {self.level.name: {"average": self.average.shards}}
 
     def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-        """Take back both."""
+        """Take back the best evaluations."""
         self.best = {tag: (float(best[0]), float(best[1])) for tag, best in shared.items()}
-        if self.average is not None:
-            self.average.load_state_dict(own)
 
     def result(self) -> dict[str, Any]:
         """The last accuracy, data, and the best one under a name that says how it was selected."""

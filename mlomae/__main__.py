@@ -71,6 +71,32 @@ def _show_masks(arguments: Sequence[str]) -> int:
     return show_masks(given.run, given.images, given.output, given.num_images)
 
 
+def _preflight(arguments: Sequence[str]) -> int:
+    """Check the hosts of a launch: ssh, packages, GPUs, data, folders, clocks, ports."""
+    parser = _parser("preflight", _preflight.__doc__)
+    parser.add_argument("--hostfile", metavar="H", help="as deepspeed takes it; without, localhost")
+    parser.add_argument("--recipe", help="a YAML file, or a shipped recipe's name")
+    parser.add_argument("--deepspeed_config", help="a DeepSpeed JSON file; checked with the recipe")
+    parser.add_argument("--output_dir", metavar="DIR", help="in place of the recipe's")
+    parser.add_argument(
+        "--full_checksum",
+        action="store_true",
+        help="compare all bytes of the data, not both ends of each file and 64 blocks between",
+    )
+    parser.add_argument("--master_addr", help="the first host's address (default: as deepspeed)")
+    parser.add_argument(
+        "--master_port", type=int, default=29500, help="of the rendezvous (default: %(default)s)"
+    )
+    parser.add_argument("--ssh_port", type=int, help="of all hosts (default: as ssh)")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    given = parser.parse_intermixed_args(arguments)
+
+    from mlomae.preflight import Request
+    from mlomae.preflight import main as preflight
+
+    return preflight(Request(**vars(given)))
+
+
 def _parser(command: str, description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"python -m mlomae {command}", description=description)
 
@@ -79,6 +105,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "gradcheck": _gradcheck,
     "export": _export,
     "show-masks": _show_masks,
+    "preflight": _preflight,
 }
 
 

@@ -2,8 +2,9 @@
 
 import shutil
 
-from mlomae import checkpoint
+from mlomae._checkpoint_choice import newest_sound, refuse_other_recipe
 from mlomae._ranks import launched_rank
+from mlomae._run_lock import lock
 from mlomae.errors import UserError
 from mlomae.recipe import RunRecipe
 from mlomae.weights import RECIPE_FILE
@@ -11,6 +12,8 @@ from mlomae.weights import RECIPE_FILE
 
 def check_output_dir(recipe: RunRecipe, resume: bool, needed: int) -> None:
     """Refuse a folder that holds another run, or that a checkpoint of `needed` bytes cannot go to.
+
+    The first rank claims the folder for this launch.
 
     Raises:
         UserError: names the folder and the mend.
@@ -24,6 +27,8 @@ def check_output_dir(recipe: RunRecipe, resume: bool, needed: int) -> None:
     probe = folder / f".write_test_{launched_rank()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if launched_rank() == 0:
+            lock(folder)
         try:
             probe.write_bytes(b"x" * 4096)
         finally:
@@ -39,8 +44,8 @@ def check_output_dir(recipe: RunRecipe, resume: bool, needed: int) -> None:
             f"output_dir {folder} has {free / 2**30:.2f} GiB free, but a checkpoint takes about "
             f"{needed / 2**30:.2f} GiB: free some space, or choose another output_dir"
         )
-    newest = checkpoint.latest(folder / "checkpoints") if resume else None
+    newest = newest_sound(folder / "checkpoints") if resume else None
     if newest is not None:
-        checkpoint.read_state(newest, recipe)
+        refuse_other_recipe(newest, recipe)
     elif (folder / RECIPE_FILE).exists():  # it ended before its first checkpoint
-        checkpoint.refuse_other_recipe(folder, recipe)
+        refuse_other_recipe(folder, recipe)

@@ -152,6 +152,16 @@ class CheckpointRecipe(Section):
     """Epochs between checkpoints; null saves only at the end."""
     keep: PositiveInt = 2
     """Newest checkpoints which are kept."""
+    keep_every: PositiveInt | None = None
+    """Also keep each of so many checkpoints at interval_epochs for good; null keeps none."""
+    async_save: bool = True
+    """Write in the background while training goes on; takes the checkpoint's size in memory."""
+
+    @model_validator(mode="after")
+    def _check_keep_every(self) -> Self:
+        if self.keep_every is not None and self.interval_epochs is None:
+            raise Refusal("keep_every", "is given without interval_epochs: add or remove one")
+        return self
 
 
 class MonitorRecipe(Section):
@@ -165,3 +175,6 @@ class MonitorRecipe(Section):
     """Epochs between two pictures; null draws one only at the end."""
     num_pictures: PositiveInt = 8
     """Images in a picture."""
+    hang_timeout: PositiveFloat | None = 600
+    """Seconds without a sign of work after which a rank is called hanging and the run ends; longer
+    than the longest step, save or batch of an evaluation. Null waits for ever."""

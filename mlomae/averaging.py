@@ -14,6 +14,9 @@ class WeightAverage:
 
     Args:
         decay: what the average keeps of itself in each update, in (0, 1).
+
+    Attributes:
+        shards: the average, as a vector in weight space; a checkpoint holds it as `Task.vectors`.
     """
 
     def __init__(self, level: TrainingLevel, decay: float) -> None:
@@ -34,15 +37,6 @@ class WeightAverage:
             everywhere: on all ranks; else the weights are on the first rank alone.
         """
         return full_weights(self.level, self.shards, everywhere=everywhere)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """This rank's shards, by number."""
-        return {str(number): shard for number, shard in enumerate(self.shards)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave to a level that is cut the same way."""
-        for number, shard in enumerate(self.shards):
-            shard.copy_(state[str(number)])
 
     def _masters(self) -> list[Tensor]:
         return [shard.detach() for shard in self.level.level.partition.shards()]

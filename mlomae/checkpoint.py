@@ -2,30 +2,33 @@
 
     output_dir/checkpoints/
         latest                      name of the newest complete checkpoint, for people and scripts
-        step_00001500/              named after the encoder's step
-            state.json              cycle, step counters, clock, number of ranks, file sizes
+        step_00001500/              named after the first level's step
+            state.json              cycle, step counters, clock, number of ranks, code version,
+                                    size and CRC-32 of every file, and of this text
             recipe.yaml             the resolved recipe
             model.safetensors       whole fp32 weights under the published names, such as encoder
                                     and decoder of a pretraining
             masking.safetensors     masking network (mlo_mae)
+            pretrain/ classifier/ mask/
+                shards_00000.safetensors    what each rank has of a level: see `_level_state`
             shared.safetensors      what else the task goes on from, such as a queue
-            own_00000.safetensors   likewise, what each rank has of its own, such as averages
-            random_00000.pt         random state of each rank
-            pretrain/ classifier/ mask/     DeepSpeed's own files of each engine
+            own_00000.safetensors   likewise, of which each rank has a part
+            random_00000.safetensors        random state of each rank
         step_00001500.tmp/          one that was cut short; ignored, and removed by the next save
+        step_00001000.damaged/      one that was skipped; ignored, and never removed
 
-A checkpoint is complete once it bears its final name; the newest such folder is what is read. Older
-ones are removed only after a newer one is complete.
+There is no pickle in them. A checkpoint is complete once it bears its final name; the newest sound
+one is what is read, on any number of ranks and at any ZeRO stage. Older ones are removed only
+after a newer one is complete.
 """
 
-import json
 import logging
-import os
 import shutil
-import time
+import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,23 +38,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mlomae
-from mlomae._checkpoint_writer import Writer, save_engine
+from mlomae._checkpoint_choice import FORMAT, Damaged, read_state
+from mlomae._checkpoint_writer import Saving
+from mlomae._level_state import memory_kinds, pieces, restore
 from mlomae.errors import UserError
-from mlomae.recipe import RunRecipe, differing_keys, dump_recipe, load_recipe
-from mlomae.weights import RECIPE_FILE, complete_checkpoints, save_tensors
+from mlomae.randomness import hashed
+from mlomae.recipe import RunRecipe, dump_recipe
+from mlomae.weights import RECIPE_FILE, complete_checkpoints
 
 if TYPE_CHECKING:
     from mlomae.task import Task
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-_TAG = "engine"  # DeepSpeed wants a folder name inside each level's folder
-# what unpickling a damaged file raises, among others
-_UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, EOFError, UnpicklingError, MemoryError),
-    *(ArithmeticError, AttributeError, ImportError, LookupError, TypeError, SafetensorError),
-)
 _SHARED_FILE = "shared.safetensors"
 
 
@@ -62,106 +61,98 @@ class Progress:
     Attributes:
         cycle: cycles finished.
         seconds: training time so far, over all launches.
+        evaluated: the last cycle after which pictures and evaluations were due and done.
     """
 
     cycle: int = 0
     seconds: float = 0.0
+    evaluated: int = 0
 
 
-def save(folder: Path, task: "Task", progress: Progress, recipe: RunRecipe) -> Path:
-    """Write a checkpoint and remove all but the newest `recipe.checkpoint.keep`.
+def start_saving(
+    folder: Path, task: "Task", progress: Progress, recipe: RunRecipe, *, for_good: bool = False
+) -> Saving:
+    """Copy everything that a checkpoint holds, and begin to write it in the background.
 
-    All ranks must call.
+    All ranks must call, and all call `finish_saving` later on.
 
     Args:
         folder: the run's `checkpoints` folder, shared by all ranks.
+        for_good: it stays when it is no longer among the newest.
+
+    Raises:
+        UserError: there is no room to begin in, on all ranks.
+    """
+    final = folder / f"step_{task.first_level.num_steps:08d}"
+    files: dict[str, Any] = {}
+    for file, tensors in task.weights():
+        if dist.get_rank() == 0:
+            files[file] = _copied(tensors)
+    vectors, rank = task.vectors(), dist.get_rank()
+    for name, level in task.levels.items():
+        if own_pieces := pieces(level, vectors.get(name, {})):
+            files[f"{name}/shards_{rank:05d}.safetensors"] = _copied(own_pieces)
+    if own := task.rank_state():
+        files[_own_file(rank)] = _copied(own)
+    files[_random_file(rank)] = _random_state()
+    if rank == 0:
+        if shared := task.shared_state():
+            files[_SHARED_FILE] = _copied(shared)
+        files[RECIPE_FILE] = dump_recipe(recipe)
+    return Saving(final, files, _describe(task, progress, for_good) if rank == 0 else {})
+
+
+def finish_saving(saving: Saving, keep: int) -> None:
+    """Give a checkpoint its name, and remove all but the newest `keep` and those that stay.
+
+    All ranks must call.
 
     Raises:
         UserError: some rank could not write, on all ranks; older checkpoints are untouched.
     """
-    start = time.perf_counter()
-    final = folder / f"step_{task.first_level.num_steps:08d}"
-    partial = final.with_suffix(".tmp")
-    rank = dist.get_rank()
-    writer = Writer(partial)
-    if rank == 0:
-        writer.attempt(_make_room, partial, list(task.levels))
-    writer.agree()
-
-    for name, level in task.levels.items():
-        save_engine(level.engine, partial / name, _TAG, writer)
-    for file, tensors in task.weights():
-        if rank == 0:
-            writer.attempt(save_tensors, tensors, partial / file)
-    if own := task.rank_state():
-        writer.attempt(save_tensors, own, partial / _own_file(rank))
-    writer.attempt(torch.save, _random_state(), partial / f"random_{rank:05d}.pt")
-    if rank == 0:
-        if shared := task.shared_state():
-            writer.attempt(save_tensors, shared, partial / _SHARED_FILE)
-        writer.attempt((partial / RECIPE_FILE).write_text, dump_recipe(recipe))
-    writer.agree()
-    if rank == 0:
-        writer.attempt(_publish, partial, final, _describe(task, progress))
-    writer.agree()
-    if rank == 0:
-        _remove_old(folder, recipe.checkpoint.keep)
-    logger.info("saved %s in %.1f s", final, time.perf_counter() - start)
-    return final
+    saving.publish()
+    if dist.get_rank() == 0:
+        _remove_old(saving.final.parent, keep)
+    logger.info("saved %s", saving.final)
 
 
-def _make_room(partial: Path, names: list[str]) -> None:
-    """Remove what was cut short, and make the folders which DeepSpeed would make unguarded."""
-    for leftover in partial.parent.glob("step_*.tmp"):
-        shutil.rmtree(leftover)
-    for name in names:
-        (partial / name / _TAG).mkdir(parents=True)
+def load(checkpoint: Path, task: "Task", recipe: RunRecipe) -> Progress:
+    """Restore a sound checkpoint into a freshly built task. All ranks must call.
 
-
-def load(folder: Path, task: "Task", recipe: RunRecipe) -> Progress | None:
-    """Restore the newest complete checkpoint into a freshly built task. All ranks must call.
+    On as many ranks as wrote it everything goes on bit by bit. On another number, weights,
+    optimizers, counters, queues and the order of the data do, and random draws (masks, dropout)
+    begin anew.
 
     Returns:
-        The progress it holds, or None when there is no checkpoint yet.
+        The progress it holds.
 
     Raises:
-        UserError: it belongs to another recipe or number of ranks, or cannot be read.
+        UserError: it cannot be read.
     """
-    for cut_short in folder.glob("step_*.tmp"):
-        logger.info("ignored %s: its writing was cut short", cut_short)
-    newest = latest(folder)
-    if newest is None:
-        return None
-    state = read_state(newest, recipe)
-    for name, level in task.levels.items():
-        saved = state["levels"][name]
-        if saved["engine"] != (own := _describe_engine(level.engine)):
-            raise UserError(
-                f"{newest} was written with {saved['engine']}, but the DeepSpeed config makes "
-                f"{name} {own}: use the config that the run was started with"
-            )
-        try:
-            level.engine.load_checkpoint(str(newest / name), tag=_TAG)
-        except _UNREADABLE as error:
-            reason = " ".join(str(error).split())[:200]
-            raise _unreadable(newest, f"{name}: {reason}") from None
-        level.num_steps = saved["num_steps"]
-        level.num_skipped = saved["num_skipped"]
     try:
-        task.load_state(_read(newest / _SHARED_FILE), _read(newest / _own_file(dist.get_rank())))
-    except _UNREADABLE as error:
-        raise _unreadable(newest, f"the task's state: {error!r}") from None
-    _restore_random_state(torch.load(newest / f"random_{dist.get_rank():05d}.pt"))
-    logger.info("resumed from %s", newest)
-    return Progress(**state["progress"])
-
-
-def _own_file(rank: int) -> str:
-    return f"own_{rank:05d}.safetensors"
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    return load_file(file) if file.exists() else {}
+        state = read_state(checkpoint)
+        vectors = task.vectors()
+        for name, level in task.levels.items():
+            saved = state["levels"][name]
+            restore(level, vectors.get(name, {}), saved["optimizer"], checkpoint / name)
+            level.set_counters(**saved["counters"])
+        progress, num_writers = Progress(**state["progress"]), state["world_size"]
+        own = _read_own(checkpoint, num_writers)
+        task.load_state(_read(checkpoint / _SHARED_FILE), own)
+        _restore_random_state(checkpoint, num_writers, hashed(recipe.seed, progress.cycle))
+    except (Damaged, SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{checkpoint} cannot be read ({reason}): remove it to continue from the one before it"
+        ) from None
+    logger.info("resumed from %s", checkpoint)
+    if num_writers != dist.get_world_size():
+        logger.info(
+            "it was written by %d ranks, these are %d: masks and dropout draw anew from here on",
+            num_writers,
+            dist.get_world_size(),
+        )
+    return progress
 
 
 def latest(folder: Path) -> Path | None:
@@ -170,103 +161,79 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def read_state(checkpoint: Path, recipe: RunRecipe) -> dict[str, Any]:
-    """`state.json` of a checkpoint that fits the recipe and the number of ranks.
-
-    Raises:
-        UserError: it does not fit (names the keys or numbers), or is damaged (names the file).
-    """
-    try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-        version, files = state["format"], state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(checkpoint, f"state.json: {error}") from None
-    if version != FORMAT:
-        raise UserError(
-            f"{checkpoint} has format {version}, this version reads {FORMAT}: "
-            f"resume with mlomae {state['versions']['mlomae']}"
-        )
-    present = _file_sizes(checkpoint)
-    for name, size in files.items():
-        if present.get(name) != size:
-            raise _unreadable(checkpoint, f"{name}: {present.get(name, 0)} of {size} bytes")
-    refuse_other_recipe(checkpoint, recipe)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if state["world_size"] != world_size:
-        raise UserError(
-            f"{checkpoint} was written by {state['world_size']} ranks, but {world_size} were "
-            "launched: launch as many (other numbers are not supported yet)"
-        )
-    return state
-
-
-def refuse_other_recipe(folder: Path, recipe: RunRecipe) -> None:
-    """Refuse to continue what the recipe in a run or checkpoint folder began differently.
-
-    Raises:
-        UserError: names the keys.
-    """
-    if differing := differing_keys(load_recipe(folder / RECIPE_FILE, (), type(recipe)), recipe):
-        raise UserError(
-            f"{folder} was trained with another recipe (differing keys: "
-            f"{', '.join(differing)}): set them back, or choose another output_dir"
-        )
-
-
-def _unreadable(checkpoint: Path, reason: str) -> UserError:
-    return UserError(
-        f"{checkpoint} is damaged ({reason}): remove it to continue from the one before it"
-    )
-
-
-def _describe(task: "Task", progress: Progress) -> dict[str, Any]:
+def _describe(task: "Task", progress: Progress, for_good: bool) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "progress": asdict(progress),
         "levels": {
             name: {
-                "num_steps": level.num_steps,
-                "num_skipped": level.num_skipped,
-                "engine": _describe_engine(level.engine),
+                "counters": level.counters(),
+                "optimizer": memory_kinds(level),
+                "zero_stage": level.engine.zero_optimization_stage(),
+                "dtype": str(level.level.dtype).removeprefix("torch."),
             }
             for name, level in task.levels.items()
         },
         "world_size": dist.get_world_size(),
-        "versions": {"mlomae": mlomae.__version__, "torch": torch.__version__},
+        "for_good": for_good,
+        "versions": {"mlomae": mlomae.__version__, "torch": torch.__version__, "git": _commit()},
     }
 
 
-def _describe_engine(engine: Any) -> str:
-    """What decides how DeepSpeed lays out its files."""
-    dtype = str(engine.get_data_types()[0]).removeprefix("torch.")
-    return f"ZeRO stage {engine.zero_optimization_stage()} in {dtype}"
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below a folder, by its relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
-
-
-def _publish(partial: Path, final: Path, state: dict[str, Any]) -> None:
-    """Complete a written checkpoint with `state.json` and give it its name."""
-    state["files"] = _file_sizes(partial)
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for name in [*state["files"], "state.json"]:
-        with (partial / name).open("rb") as file:
-            os.fsync(file.fileno())
-    partial.rename(final)  # steps only grow between saves, so nothing bears this name yet
-    directory = os.open(final.parent, os.O_RDONLY)
-    os.fsync(directory)  # the rename itself
-    os.close(directory)
-    pointer = final.parent / "latest.tmp"
-    pointer.write_text(final.name)
-    pointer.replace(final.parent / "latest")
+@cache
+def _commit() -> str | None:
+    """The commit of the code, where it runs from a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    root = Path(mlomae.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def _remove_old(folder: Path, keep: int) -> None:
     for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)  # a file held open on NFS must not end the run
+        try:
+            if read_state(old)["for_good"]:
+                continue
+        except (Damaged, UserError):  # not this version's to judge
+            continue
+        going = old.with_suffix(".tmp")  # cut short, it must not look complete
+        with suppress(OSError):  # such as a file held open on NFS, which must not end the run
+            old.rename(going)
+            shutil.rmtree(going)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Memory of their own on the CPU: training goes on while they are written."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
+
+
+def _own_file(rank: int) -> str:
+    return f"own_{rank:05d}.safetensors"
+
+
+def _random_file(rank: int) -> str:
+    return f"random_{rank:05d}.safetensors"
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    return load_file(file) if file.exists() else {}
+
+
+def _read_own(checkpoint: Path, num_writers: int) -> dict[str, Tensor]:
+    """This rank's part of what was cut into equal parts along the first dimension."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if num_writers == world_size:
+        return _read(checkpoint / _own_file(rank))
+    parts = [_read(checkpoint / _own_file(writer)) for writer in range(num_writers)]
+    wholes = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: whole.chunk(world_size)[rank].clone() for name, whole in wholes.items()}
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -276,7 +243,12 @@ def _random_state() -> dict[str, Tensor]:
     return state
 
 
-def _restore_random_state(state: dict[str, Tensor]) -> None:
+def _restore_random_state(checkpoint: Path, num_writers: int, seed: int) -> None:
+    rank = dist.get_rank()
+    if num_writers != dist.get_world_size():
+        torch.manual_seed(hashed(seed, rank))
+        return
+    state = load_file(checkpoint / _random_file(rank))
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

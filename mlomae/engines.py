@@ -115,6 +115,21 @@ class TrainingLevel:
             )
         return False
 
+    def counters(self) -> dict[str, int]:
+        """What a resumed level has to count on from."""
+        return {
+            "num_steps": self.num_steps,
+            "num_skipped": self.num_skipped,
+            "global_steps": self.engine.global_steps,
+        }
+
+    def set_counters(self, num_steps: int, num_skipped: int, global_steps: int) -> None:
+        """Take back what `counters` gave."""
+        self.num_steps, self.num_skipped = num_steps, num_skipped
+        self.engine.global_steps = global_steps
+        self.engine.global_samples = global_steps * self.engine.train_batch_size()
+        self.engine.micro_steps = global_steps * self.engine.gradient_accumulation_steps()
+
     def skip(self, reason: str) -> None:
         """Take no step in this cycle, for a reason that all ranks know and that lies elsewhere."""
         self._scheduler.step_update(self.num_steps)

@@ -79,14 +79,23 @@ class Monitor:
     Args:
         folder: the run's output_dir.
         cycle: records of later cycles, left by a launch that was killed, are dropped.
+        evaluated: those of evaluations after this cycle are, too.
         grid_size: rows and columns of `masking/frequency`; None for a square.
     """
 
-    def __init__(self, folder: Path, cycle: int, grid_size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        cycle: int,
+        grid_size: tuple[int, int] | None = None,
+        evaluated: int | None = None,
+    ) -> None:
         self.grid_size = grid_size
         self.writer: SummaryWriter | None = None
         if dist.get_rank() == 0:
-            _drop_later_records(folder / METRICS_FILE, cycle)
+            _drop_later_records(
+                folder / METRICS_FILE, cycle, cycle if evaluated is None else evaluated
+            )
             self.file = (folder / METRICS_FILE).open("a")
             self.writer = SummaryWriter(str(folder), purge_step=cycle + 1, flush_secs=30)
 
@@ -132,10 +141,14 @@ def read_metrics(folder: Path) -> list[Record]:
     return records
 
 
-def _drop_later_records(file: Path, cycle: int) -> None:
+def _drop_later_records(file: Path, cycle: int, evaluated: int) -> None:
     if not file.exists():
         return
-    kept = [record for record in read_metrics(file.parent) if record["cycle"] <= cycle]
+    kept = [
+        record
+        for record in read_metrics(file.parent)
+        if record["cycle"] <= (cycle if "images_per_second" in record else evaluated)
+    ]
     partial = file.with_suffix(".tmp")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(partial, file)

@@ -24,8 +24,10 @@ from torch import nn
 
 from data_ffcv import DataError, choose_backend
 from mlomae import checkpoint
+from mlomae._checkpoint_choice import choose
 from mlomae._output_dir import check_output_dir
 from mlomae._ranks import launched_world_size, report, set_up_logging, start_ranks
+from mlomae._run_lock import release_all
 from mlomae.deepspeed_config import (
     check_deepspeed_config,
     compute_dtype,
@@ -38,8 +40,10 @@ from mlomae.hypergrad.losses import Loss
 from mlomae.models.attention import check_backend
 from mlomae.randomness import hashed
 from mlomae.recipe import RunRecipe, dump_recipe, load_recipe
+from mlomae.report import SUMMARY_FILE
 from mlomae.task import Task
 from mlomae.trainer import Stopped, Trainer
+from mlomae.watchdog import watching
 from mlomae.weights import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
@@ -234,6 +238,7 @@ def exit_code(work: Callable[[], None]) -> int:
         logger.info("%s", stopped)
         return stopped.code
     finally:
+        release_all()
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
@@ -282,20 +287,26 @@ def run_job(program: Program[R], job: Job[R]) -> None:
         Stopped, NonFiniteError: see `Trainer.run`.
         UserError: a checkpoint cannot be resumed.
     """
-    recipe = job.recipe
+    recipe, folder = job.recipe, Path(job.recipe.output_dir)
     dist.barrier()  # every rank has passed its checks before the first file is written
+    is_finished = [job.resume and (folder / SUMMARY_FILE).is_file()]
+    dist.broadcast_object_list(is_finished)  # nodes may see a network's folder differently
+    if is_finished[0]:
+        logger.info("%s is finished: nothing is left to do", folder)
+        return
     if dist.get_rank() == 0:
         _write_resolved(job)
+    newest = choose(folder / "checkpoints") if job.resume else None
     task = program.build(job)
     # After the engines: their weights are drawn alike on all ranks, dropout is not.
     torch.manual_seed(hashed(recipe.seed, dist.get_rank()))
-    progress = None
-    if job.resume:
-        progress = checkpoint.load(Path(recipe.output_dir) / "checkpoints", task, recipe)
-        if progress is None:
-            logger.info("no checkpoint in %s yet: starting from scratch", recipe.output_dir)
-    progress = progress or checkpoint.Progress()
+    progress = checkpoint.Progress()
+    if newest is not None:
+        progress = checkpoint.load(newest, task, recipe)
+    elif job.resume:
+        logger.info("no checkpoint in %s yet: starting from scratch", folder)
     with ExitStack() as stack:
+        stack.enter_context(watching(recipe.monitor.hang_timeout))
         task.open(progress.cycle, stack)
         Trainer(recipe, task, progress).run()
     for level in task.levels.values():

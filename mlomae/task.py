@@ -13,8 +13,10 @@ from torch import Tensor
 
 from data_ffcv import Augmentation, Stream, open_stream
 from mlomae.engines import TrainingLevel, full_weights
+from mlomae.hypergrad.partition import Vector
 from mlomae.monitor import Meters
 from mlomae.recipe import RunRecipe
+from mlomae.watchdog import mark
 from mlomae.weights import MODEL_FILE
 
 
@@ -79,12 +81,22 @@ class Task(ABC):
         """
         yield MODEL_FILE, full_weights(self.first_level)
 
+    def vectors(self) -> dict[str, dict[str, Vector]]:
+        """What else is cut as a level's weights are, such as averages: by level, by name.
+
+        A checkpoint holds it, and fills it in place when the run is resumed.
+        """
+        return {}
+
     def shared_state(self) -> dict[str, Tensor]:
         """What else a resumed run needs and all ranks have alike."""
         return {}
 
     def rank_state(self) -> dict[str, Tensor]:
-        """What else a resumed run needs and each rank has of its own."""
+        """What else a resumed run needs and is cut into equal parts along the first dimension.
+
+        Rank r has the r-th part; on another number of ranks, the whole is cut anew.
+        """
         return {}
 
     def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
@@ -136,8 +148,12 @@ class Task(ABC):
 
     def draw(self, name: str) -> tuple[Tensor, ...]:
         """The next batch of a level's stream."""
+        stream = self.streams[name]
+        mark(f"drawing {name} batch {stream.batches_drawn}")
         with self.meters.timed("time/data"):
-            return next(self.streams[name])
+            batch = next(stream)
+        mark(f"the {name} step on batch {stream.batches_drawn - 1}")
+        return batch
 
     def measure(self, name: str, norm: str = "grad_norm") -> None:
         """Count loss, rate and gradient norm of a level's latest step."""

@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlomae import checkpoint
+from mlomae._checkpoint_writer import Saving
+from mlomae.checkpoint import finish_saving, start_saving
+from mlomae.engines import NonFiniteError
 from mlomae.monitor import Monitor, Record
 from mlomae.pictures import save_picture
 from mlomae.recipe import RunRecipe
 from mlomae.report import write_report, write_result, write_summary
 from mlomae.task import Task
+from mlomae.watchdog import mark
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class Trainer:
         self._started = time.perf_counter()
         self._recorded = progress.cycle
         self._stop_signal = 0
+        self._saving: Saving | None = None
 
     def run(self) -> None:
         """Train to the end, save, and write `summary.json` and `report.md`.
@@ -56,35 +61,55 @@ class Trainer:
             Stopped: a signal came; everything up to the last finished cycle is saved.
             NonFiniteError: the numbers broke down; the last checkpoint is untouched.
         """
-        task, progress = self.task, self.progress
-        with ExitStack() as stack:
-            monitor = stack.enter_context(Monitor(self.output_dir, progress.cycle, task.grid_size))
-            stack.enter_context(self._listening())
-            bar = stack.enter_context(_progress_bar())
-            row = bar.add_task("", total=task.num_cycles, completed=progress.cycle)
-            is_saved = progress.cycle > 0  # by the launch that this one continues
-            while progress.cycle < task.num_cycles:
-                is_saved = False
-                task.cycle()
-                progress.cycle += 1
-                stop = self._agreed_stop()
-                is_last = progress.cycle == task.num_cycles
-                self._record(monitor, is_last=bool(stop) or is_last)
-                bar.update(row, completed=progress.cycle, description=self._headline())
-                if self._is_due(self.recipe.monitor.picture_interval_epochs) and not is_last:
-                    self._picture(monitor)
-                if self._is_due(self.recipe.monitor.eval_interval_epochs) and not is_last:
-                    self._evaluate(monitor)
-                if stop or self._is_due(self.recipe.checkpoint.interval_epochs):
-                    self._save()
-                    is_saved = True
-                if stop:
-                    raise Stopped(stop)
-            if not is_saved:
-                self._save()  # first, so that an evaluation which fails does not cost the training
+        progress = self.progress
+        evaluated = progress.evaluated
+        with Monitor(self.output_dir, progress.cycle, self.task.grid_size, evaluated) as monitor:
+            with self._listening(), _progress_bar() as bar:
+                try:
+                    self._train(monitor, bar)
+                except NonFiniteError:  # on all ranks, so what was being saved is saved
+                    self._finish_saving()
+                    raise
+            # Everything is saved. A signal ends this part at once, and --resume repeats it.
             self._picture(monitor)
             self._evaluate(monitor)
         self._summarise()
+
+    def _train(self, monitor: Monitor, bar: Progress) -> None:
+        task, progress = self.task, self.progress
+        row = bar.add_task("", total=task.num_cycles, completed=progress.cycle)
+        is_saved = progress.cycle > 0  # by the launch that this one continues
+        if is_saved and progress.cycle < task.num_cycles:
+            self._look(monitor)  # what it left undone when it was stopped
+        while progress.cycle < task.num_cycles:
+            task.cycle()
+            progress.cycle += 1
+            stop = self._agree()
+            is_last = progress.cycle == task.num_cycles
+            self._record(monitor, is_last=bool(stop) or is_last)
+            bar.update(row, completed=progress.cycle, description=self._headline())
+            if not stop and not is_last:
+                self._look(monitor)
+            is_saved = bool(stop) or self._is_due(self.recipe.checkpoint.interval_epochs)
+            if is_saved:
+                self._save()
+            if stop:
+                self._finish_saving()
+                raise Stopped(stop)
+        if not is_saved:
+            self._save()
+        self._finish_saving()
+
+    def _look(self, monitor: Monitor) -> None:
+        """Pictures and evaluations that are due after this cycle and were not made yet."""
+        progress, own = self.progress, self.recipe.monitor
+        if progress.evaluated == progress.cycle:
+            return
+        if self._is_due(own.picture_interval_epochs):
+            self._picture(monitor)
+        if self._is_due(own.eval_interval_epochs):
+            self._evaluate(monitor)
+        progress.evaluated = progress.cycle
 
     def _record(self, monitor: Monitor, is_last: bool) -> None:
         cycle = self.progress.cycle
@@ -125,16 +150,33 @@ class Trainer:
         values = [f"{name} {value:.4g}" for name, value in self._evaluation.items()]
         logger.info("cycle %d  epoch %.2f  %s", cycle, place["epoch"], "  ".join(values))
 
-    def _is_due(self, interval_epochs: float | None) -> bool:
-        """Whether a multiple of the interval was passed in the latest cycle."""
+    def _is_due(self, interval_epochs: float | None, every: int = 1) -> bool:
+        """Whether the latest cycle ends an interval, or `every` so many of them."""
         if interval_epochs is None:
             return False
         interval = max(1, round(interval_epochs * self.task.cycles_per_epoch))
-        return self.progress.cycle % interval == 0
+        return self.progress.cycle % (interval * every) == 0
 
     def _save(self) -> None:
+        """Begin to save; with `async_save` it goes on beside the next cycles."""
+        self._finish_saving()
+        own, folder = self.recipe.checkpoint, self.output_dir / "checkpoints"
+        for_good = own.keep_every is not None and self._is_due(own.interval_epochs, own.keep_every)
         with self._clock_paused():
-            checkpoint.save(self.output_dir / "checkpoints", self.task, self.progress, self.recipe)
+            mark("saving")
+            self._saving = start_saving(
+                folder, self.task, self.progress, self.recipe, for_good=for_good
+            )
+        if not own.async_save:
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        """Wait until what was begun to be saved is complete. All ranks must call."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            with self._clock_paused():
+                mark("waiting for the checkpoint to be written")
+                finish_saving(saving, self.recipe.checkpoint.keep)
 
     @contextmanager
     def _clock_paused(self) -> Iterator[None]:
@@ -143,11 +185,17 @@ class Trainer:
         yield
         self._started += time.perf_counter() - start
 
-    def _agreed_stop(self) -> int:
-        """The signal that any rank received, on all ranks; 0 for none."""
-        flag = torch.tensor(self._stop_signal, device=self.task.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
+    def _agree(self) -> int:
+        """Finish what all ranks have written; return the signal that any rank received, or 0.
+
+        All ranks must call.
+        """
+        is_writing = self._saving is not None and not self._saving.is_written
+        flags = torch.tensor([self._stop_signal, int(is_writing)], device=self.task.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        if not flags[1]:
+            self._finish_saving()
+        return int(flags[0])
 
     def _listening(self) -> "_Handlers":
         def stop(number: int, _: Any) -> None:

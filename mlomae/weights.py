@@ -100,7 +100,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
+    return sorted(path for path in folder.glob("step_*") if not path.suffix)  # .tmp, .damaged
 
 
 def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Recipe]:

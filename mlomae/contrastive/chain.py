@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlomae import checkpoint
+from mlomae._checkpoint_choice import refuse_other_recipe
 from mlomae._ranks import launched_world_size, start_ranks
 from mlomae.contrastive.programs import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import STEPS, MaeCtRecipe
@@ -81,7 +81,7 @@ def plan_steps(
         if not (run.output_dir / SUMMARY_FILE).is_file():
             jobs[name] = Job(run, config, recipe_name, config_name, resume)
             continue
-        checkpoint.refuse_other_recipe(run.output_dir, run)
+        refuse_other_recipe(run.output_dir, run)
         logger.info("step %s is finished: %s", name, run.output_dir)
     return jobs if step is None else _alone(step, recipe, jobs)
 

@@ -31,6 +31,7 @@ class Queue:
         self, size: int, dim: int, *, seed: int, device: torch.device, sharded: bool = False
     ) -> None:
         self.size, self.device = size, device
+        self._layout_is_sharded = sharded
         self._is_sharded = sharded and world_size() > 1
         generator = torch.Generator().manual_seed(hashed(seed, size, dim))
         start = F.normalize(torch.randn(size, dim, generator=generator), dim=1)
@@ -123,15 +124,15 @@ class Queue:
         """What all ranks have alike."""
         state = {"queue_y": self.labels, "queue_id": self.ids}
         state["queue_ptr"] = torch.tensor([self.pointer])
-        return state if self._is_sharded else {"queue": self._vectors, **state}
+        return state if self._layout_is_sharded else {"queue": self._vectors, **state}
 
     def rank_state(self) -> dict[str, Tensor]:
         """What this rank has of its own."""
-        return {"queue": self._vectors} if self._is_sharded else {}
+        return {"queue": self._vectors} if self._layout_is_sharded else {}
 
     def load_state(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-        """Take back what `shared_state` and `rank_state` gave, on as many ranks."""
-        self._vectors.copy_((own if self._is_sharded else shared)["queue"])
+        """Take back what `shared_state` and `rank_state` gave."""
+        self._vectors.copy_((own if self._layout_is_sharded else shared)["queue"])
         self.labels.copy_(shared["queue_y"])
         self.ids.copy_(shared["queue_id"])
         self.pointer = int(shared["queue_ptr"])

@@ -13,6 +13,7 @@ from mlomae.contrastive.loss import NnclrLoss, TwoViews
 from mlomae.contrastive.recipe import HeadRun, TuneRun
 from mlomae.contrastive.target import TargetProjector
 from mlomae.engines import TrainingLevel, full_weights
+from mlomae.hypergrad.partition import Vector
 from mlomae.task import Task
 from mlomae.weights import MODEL_FILE
 
@@ -136,16 +137,14 @@ class TuneTask(HeadTask):
         target = {f"target.{name}": t for name, t in self.target.state_dict().items()}
         return super().shared_state() | target
 
-    def rank_state(self) -> dict[str, Tensor]:
-        """Part of a sharded queue, shards of the average."""
-        average = {f"average.{name}": t for name, t in self.average.state_dict().items()}
-        return super().rank_state() | average
+    def vectors(self) -> dict[str, dict[str, Vector]]:
+        """The average of encoder and head."""
+        return {self.level.name: {"average": self.average.shards}}
 
     def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-        """Take back queue and averages."""
+        """Take back queue and averaged projector."""
         super().load_state(shared, own)
         self.target.load_state_dict(part(shared, "target."))
-        self.average.load_state_dict(part(own, "average."))
 
 
 def projector_state(level: TrainingLevel) -> dict[str, Tensor]:

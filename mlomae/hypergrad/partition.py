@@ -105,6 +105,21 @@ class Partition(ABC):
             return None
         return grad.detach().flatten()[fragment.param_start :][: fragment.numel]
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the weights that the model computes with those in the shards. All ranks must call.
+
+        For shards that were written from outside; an optimizer step does it by itself.
+        """
+        masters = [shard.detach().flatten() for shard in self.shards()]
+        for name, param in self.params.items():
+            param.copy_(self.gather([name], masters)[0][name])
+
+    @torch.no_grad()
+    def set_frozen(self, name: str, value: Tensor) -> None:
+        """Give a parameter that is not trained another value, whole and alike on all ranks."""
+        self.frozen[name].copy_(value)
+
     def zeros(self) -> Vector:
         """A vector of zeros."""
         return [torch.zeros_like(s, requires_grad=False).flatten() for s in self.shards()]

@@ -206,6 +206,25 @@ class Zero3Partition(_EnginePartition):
         shard: Tensor = fragment.param.ds_tensor  # type: ignore[attr-defined]
         return shard.detach().flatten()[: fragment.numel]
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        masters = [shard.detach() for shard in self.shards()]
+        for fragment in self.fragments:
+            self.weights_of(fragment).copy_(view(masters, fragment))
+        # Small parameters stay whole on every rank from one step to the next.
+        if whole := self.engine.optimizer.persistent_parameters:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+
+    @torch.no_grad()
+    def set_frozen(self, name: str, value: Tensor) -> None:
+        param: Any = self.frozen[name]
+        size = param.ds_tensor.numel()
+        own = value.flatten()[dist.get_rank(param.ds_process_group) * size :][:size]
+        param.ds_tensor.flatten()[: len(own)].copy_(own)
+        if param.data.numel() == value.numel():  # small, so it stays whole on every rank
+            param.data.copy_(value)
+
     def current(self, names: Sequence[str]) -> dict[str, Tensor]:
         params = self.params | self.frozen
         shapes = [self.full_shape(params[name]) for name in names]

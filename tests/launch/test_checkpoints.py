@@ -21,8 +21,8 @@ def setup(module_setup: Setup) -> Setup:
 
 # (ZeRO stage, rank whose disk is full, what it cannot write)
 FULL = [
-    (0, 0, ("pretrain", "model_states")),
-    (2, 1, ("pretrain", "optim_states")),
+    (0, 0, ("pretrain", "shards_00000")),
+    (2, 1, ("pretrain", "shards_00001")),
     (3, 1, ("random_00001",)),
 ]
 
@@ -39,17 +39,17 @@ def small_disk(setup: Setup) -> Iterator[tuple[Path, str]]:
 def outcomes(setup: Setup, small_disk: tuple[Path, str]) -> dict[str, list[tuple[int, str]]]:
     """Exit code and stderr of every launch on both ranks."""
     cd = f"cd {setup.folder}"
-    cut_short = f"{cd}; mkdir kept/checkpoints/step_00000099.tmp"
-    # as a run looks that was killed long after its last checkpoint
-    killed = f"{cd}; cp -r kept killed; rm -r killed/checkpoints/step_00000008"
-    unsaved = f"{cd}; cp -r kept unsaved; rm -r unsaved/checkpoints"
+    # as a run looks that was killed long after its last checkpoint, while it wrote the next
+    unfinished = "rm killed/summary.json; mkdir killed/checkpoints/step_00000099.tmp"
+    killed = f"{cd}; cp -r kept killed; rm -r killed/checkpoints/step_00000008; {unfinished}"
+    unsaved = f"{cd}; cp -r kept unsaved; rm -r unsaved/checkpoints unsaved/summary.json"
 
     launch = partial(setup.launch, method="mae")
     launches = {
         "kept": launch("kept", EVERY_CYCLE),
         "killed": launch("killed", EVERY_CYCLE, KEEP_ALL, resume=True, shell=killed),
         "unsaved": launch("unsaved", resume=True, shell=unsaved),
-        "same step": launch("kept", resume=True, shell=cut_short),
+        "same step": launch("kept", resume=True),
     }
     for stage, rank, files in FULL:
         run, options = f"full{stage}", {"stage": stage}
@@ -83,11 +83,11 @@ def test_the_newest_two_are_kept(outcomes: Any, setup: Setup) -> None:
 
 
 def test_a_finished_run_is_not_saved_again(outcomes: Any, setup: Setup) -> None:
-    """Resumed, it has nothing to add to its last checkpoint; the cut-short one is noticed."""
+    """Resumed, it has nothing to add."""
     assert codes(outcomes["same step"]) == [0, 0]
     (_, stderr), (_, others) = outcomes["same step"]
-    assert "step_00000099.tmp: its writing was cut short" in stderr
-    assert "resumed from" in stderr and "saved" not in stderr
+    assert "is finished: nothing is left to do" in stderr
+    assert "resumed from" not in stderr and "saved" not in stderr
     assert others == ""  # one rank's notice is enough
 
 
@@ -95,6 +95,7 @@ def test_records_after_the_checkpoint_are_dropped_with_what_they_tell_of(
     outcomes: Any, setup: Setup
 ) -> None:
     assert codes(outcomes["killed"]) == [0, 0]
+    assert "step_00000099.tmp: its writing was cut short" in outcomes["killed"][0][1]
     killed, kept = setup.folder / "killed", setup.folder / "kept"
     assert checkpoints(killed) == ["latest", "step_00000006", "step_00000008"]
     assert records(killed) == records(kept)

@@ -199,7 +199,7 @@ def test_a_checkpoint_is_laid_out_as_documented(finished: tuple[Path, str]) -> N
     assert (newest.parent / "latest").read_text() == newest.name
     assert {path.name for path in newest.iterdir()} == {
         *("state.json", "recipe.yaml", "model.safetensors", "masking.safetensors"),
-        *("random_00000.pt", "random_00001.pt", *LEVELS),
+        *("random_00000.safetensors", "random_00001.safetensors", *LEVELS),
     }
     model, recipe = load_model(finished[0])
     assert recipe == load_recipe(finished[0] / "recipe.yaml")

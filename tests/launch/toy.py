@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_ffcv import inspect_images
 from mlomae.averaging import WeightAverage
 from mlomae.errors import UserError
+from mlomae.hypergrad.partition import Vector
 from mlomae.program import Job, Program
 from mlomae.recipe import LevelRecipe, RunRecipe
 from mlomae.task import Task, count_cycles
@@ -32,13 +34,13 @@ def loss(models: Any, images: Tensor) -> Tensor:
 
 
 class ToyTask(Task):
-    """Counts its cycles, sums what each rank has seen, and averages its weights."""
+    """Counts its cycles, sums what each place in a global batch has seen, averages its weights."""
 
     def __init__(self, recipe: ToyRecipe, levels: dict[str, Any], num_images: int) -> None:
         super().__init__(recipe, levels, num_images)
         self.average = WeightAverage(levels["mean"], 0.5)
         self.num_counted = torch.zeros((), dtype=torch.int64)
-        self.seen = torch.zeros(3)
+        self.seen = torch.zeros(recipe.mean.batch_size // dist.get_world_size(), 3)
 
     def open(self, cycle: int, stack: ExitStack) -> None:
         data = self.recipe.data
@@ -50,7 +52,7 @@ class ToyTask(Task):
         self.measure("mean")
         self.average.update()
         self.num_counted += 1
-        self.seen += images.mean((0, 2, 3))
+        self.seen += images.mean((2, 3))
 
     def evaluate(self) -> dict[str, float]:
         if (self.recipe.output_dir / "no_evaluation").exists():
@@ -64,12 +66,14 @@ class ToyTask(Task):
         return {"num_counted": self.num_counted}
 
     def rank_state(self) -> dict[str, Tensor]:
-        return {"seen": self.seen, **self.average.state_dict()}
+        return {"seen": self.seen}
+
+    def vectors(self) -> dict[str, dict[str, Vector]]:
+        return {"mean": {"average": self.average.shards}}
 
     def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         self.num_counted.copy_(shared["num_counted"])
         self.seen.copy_(own["seen"])
-        self.average.load_state_dict(own)
 
     def result(self) -> dict[str, Any]:
         return {"protocol": "toy"}

@@ -1,0 +1,168 @@
+"""Which checkpoint a run goes on from: the newest that is sound."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mlomae._checkpoint_writer import STATE_FILE, checksum, text_checksum
+from mlomae.errors import UserError
+from mlomae.recipe import RunRecipe, differing_keys, load_recipe
+from mlomae.weights import RECIPE_FILE, complete_checkpoints
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, and why."""
+
+
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there in full size, as one rank sees it.
+
+    Raises:
+        UserError: there are checkpoints, but none is sound or of this version.
+    """
+    problems = {}
+    for checkpoint in reversed(complete_checkpoints(folder)):
+        try:
+            _check_sizes(checkpoint, read_state(checkpoint))
+            return checkpoint
+        except Damaged as damage:
+            problems[checkpoint] = str(damage)
+    _refuse_if_any(folder, problems)
+    return None
+
+
+def choose(folder: Path) -> Path | None:
+    """The newest checkpoint that all ranks find sound, to the last bit. All ranks must call.
+
+    Damaged ones that are newer get another name, and stay.
+
+    Raises:
+        UserError: there are checkpoints, but none is sound or of this version.
+    """
+    for cut_short in folder.glob("step_*.tmp"):
+        logger.info("ignored %s: its writing was cut short", cut_short)
+    found = [complete_checkpoints(folder)]
+    dist.broadcast_object_list(found)  # a network's folder may look newer from one node
+    problems = {}
+    for checkpoint in reversed(found[0]):
+        problem = _agreed_problem(checkpoint)
+        if problem is None:
+            _set_aside(problems)
+            return checkpoint
+        problems[checkpoint] = problem
+    _refuse_if_any(folder, problems)
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says.
+
+    Raises:
+        Damaged: it cannot be read.
+        UserError: another version of this program wrote it.
+    """
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
+        version = state["format"]
+        if version == FORMAT and state.pop("crc32") != text_checksum(state):
+            raise ValueError("its text is not what was written")
+    except OSError as error:
+        raise Damaged(f"{STATE_FILE}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{STATE_FILE}: {error}") from None
+    if version != FORMAT:
+        writer = state.get("versions", {}).get("mlomae", "of another version")
+        raise UserError(
+            f"{checkpoint} has format {version}, this version reads {FORMAT}: "
+            f"resume with mlomae {writer}"
+        )
+    return state
+
+
+def refuse_other_recipe(folder: Path, recipe: RunRecipe) -> None:
+    """Refuse to continue what the recipe in a run or checkpoint folder began differently.
+
+    Raises:
+        UserError: names the keys.
+    """
+    if differing := differing_keys(load_recipe(folder / RECIPE_FILE, (), type(recipe)), recipe):
+        raise UserError(
+            f"{folder} was trained with another recipe (differing keys: "
+            f"{', '.join(differing)}): set them back, or choose another output_dir"
+        )
+
+
+def _agreed_problem(checkpoint: Path) -> str | None:
+    """What any rank finds wrong; each one reads its share of the files."""
+    try:
+        problem = None
+        state = read_state(checkpoint)
+        _check_sizes(checkpoint, state)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        _check_sums(checkpoint, dict(list(state["files"].items())[rank::world_size]))
+    except Damaged as damage:
+        problem = str(damage)
+    except UserError as error:  # of another version, below newer ones that are damaged
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _check_sizes(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    for name, sums in state["files"].items():
+        try:
+            size = (checkpoint / name).stat().st_size
+        except OSError as error:
+            raise Damaged(f"{name}: {error.strerror}") from None
+        if size != sums["bytes"]:
+            raise Damaged(f"{name}: {size} of {sums['bytes']} bytes")
+
+
+def _check_sums(checkpoint: Path, files: Mapping[str, Mapping[str, int]]) -> None:
+    for name, sums in files.items():
+        try:
+            found = checksum(checkpoint / name)
+        except OSError as error:
+            raise Damaged(f"{name}: {error.strerror}") from None
+        if found != sums["crc32"]:
+            raise Damaged(f"{name}: its bytes are not those that were written")
+
+
+def _set_aside(problems: Mapping[Path, str]) -> None:
+    """Say what is skipped, and free its name for the run that will come there once more."""
+    if dist.get_rank() == 0:
+        for checkpoint, problem in problems.items():
+            other = next(path for path in _names(checkpoint) if not path.exists())
+            with suppress(OSError):  # rights that lack are told where it matters, at a save
+                checkpoint.rename(other)
+            logger.warning(
+                "skipped %s: damaged (%s); it is now called %s", checkpoint, problem, other.name
+            )
+    dist.barrier()
+
+
+def _names(checkpoint: Path) -> Iterator[Path]:
+    yield checkpoint.with_suffix(".damaged")
+    number = 2
+    while True:
+        yield checkpoint.with_suffix(f".damaged{number}")
+        number += 1
+
+
+def _refuse_if_any(folder: Path, problems: Mapping[Path, str]) -> None:
+    if problems:
+        what = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
+        raise UserError(
+            f"no checkpoint in {folder} can be read ({what}): bring one back from a copy, or "
+            "choose another output_dir to start again"
+        )
