@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data_ffcv import EvalLoader
 from mlomae.models.precision import at_least_float32
+from mlomae.watchdog import mark
 
 
 @torch.no_grad()
@@ -35,6 +36,7 @@ def count_correct(
     topk = [k for k in topk if k <= loader.info.num_classes]
     sums = torch.zeros(2 + len(topk), dtype=torch.float64, device=device)
     for images, labels in loader:
+        mark("evaluating")
         labels = labels.to(device)
         logits = at_least_float32(logits_of(images.to(device)))
         found = logits.topk(max(topk), dim=1).indices == labels[:, None]

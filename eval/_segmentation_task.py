@@ -21,6 +21,7 @@ from mlomae.engines import TrainingLevel, full_weights
 from mlomae.hypergrad.losses import Models
 from mlomae.models.upernet import UperNet
 from mlomae.task import Task
+from mlomae.watchdog import mark
 from mlomae.weights import MODEL_FILE
 
 HEAD_FILE = "segmentation.safetensors"  # neck and heads; the encoder is in model.safetensors
@@ -167,6 +168,7 @@ def evaluate(
     images = WholeImages(test.path, rank=dist.get_rank(), world_size=dist.get_world_size())
     is_shown = shows_progress and dist.get_rank() == 0
     for image, mask in track(images, test.path.name, disable=not is_shown, transient=True):
+        mark("evaluating")
         confusion.add(predict(image), torch.from_numpy(mask).long().to(device))
     return score(confusion.reduce())
 

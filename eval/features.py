@@ -24,6 +24,7 @@ from eval._processes import all_agree, barrier, rank, tracked, world_size
 from eval._store import Features, FeatureStore
 from eval.encoders import Encoder
 from mlomae.errors import UserError
+from mlomae.watchdog import mark
 
 BATCH_SIZE = 256
 _SUBSET_SEED = 0
@@ -177,6 +178,7 @@ def extract_features(
     model = model.to(device).eval()
     title = f"features of {loader.info.path.name}"
     for images, _ in tracked(loader, title):
+        mark("computing features")
         yield model(images.to(device)).float().cpu()
 
 

@@ -91,10 +91,42 @@ def _preflight(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value")
     given = parser.parse_intermixed_args(arguments)
 
-    from mlomae.preflight import Request
-    from mlomae.preflight import main as preflight
+    from mlomae.preflight.command import Request
+    from mlomae.preflight.command import main as preflight
 
     return preflight(Request(**vars(given)))
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    """Say what a run takes before it is paid for: memory, time, network, loaders."""
+    parser = _parser("plan", _plan.__doc__)
+    parser.add_argument("--recipe", required=True, help="a YAML file, or a shipped recipe's name")
+    parser.add_argument("--deepspeed_config", required=True, help="a DeepSpeed JSON file")
+    parser.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--gpu", default="a100-80gb", help="its name (default: %(default)s)")
+    parser.add_argument(
+        "--utilization",
+        type=float,
+        default=0.4,
+        help="share of the peak FLOP/s that is reached: an assumption (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        default=25.0,
+        help="GB/s that a node sends to others, all its network cards (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_images", type=int, help="in data.train (default: counted there, if it is here)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    given = parser.parse_intermixed_args(arguments)
+
+    from mlomae.plan import Request
+    from mlomae.plan import main as plan
+
+    return plan(Request(**vars(given)))
 
 
 def _parser(command: str, description: str | None) -> argparse.ArgumentParser:
@@ -106,6 +138,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": _export,
     "show-masks": _show_masks,
     "preflight": _preflight,
+    "plan": _plan,
 }
 
 

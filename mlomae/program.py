@@ -43,7 +43,7 @@ from mlomae.recipe import RunRecipe, dump_recipe, load_recipe
 from mlomae.report import SUMMARY_FILE
 from mlomae.task import Task
 from mlomae.trainer import Stopped, Trainer
-from mlomae.watchdog import watching
+from mlomae.watchdog import mark, watching
 from mlomae.weights import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
@@ -296,17 +296,18 @@ def run_job(program: Program[R], job: Job[R]) -> None:
         return
     if dist.get_rank() == 0:
         _write_resolved(job)
-    newest = choose(folder / "checkpoints") if job.resume else None
-    task = program.build(job)
-    # After the engines: their weights are drawn alike on all ranks, dropout is not.
-    torch.manual_seed(hashed(recipe.seed, dist.get_rank()))
-    progress = checkpoint.Progress()
-    if newest is not None:
-        progress = checkpoint.load(newest, task, recipe)
-    elif job.resume:
-        logger.info("no checkpoint in %s yet: starting from scratch", folder)
     with ExitStack() as stack:
         stack.enter_context(watching(recipe.monitor.hang_timeout))
+        newest = choose(folder / "checkpoints") if job.resume else None
+        mark("building the engines")
+        task = program.build(job)
+        # After the engines: their weights are drawn alike on all ranks, dropout is not.
+        torch.manual_seed(hashed(recipe.seed, dist.get_rank()))
+        progress = checkpoint.Progress()
+        if newest is not None:
+            progress = checkpoint.load(newest, task, recipe)
+        elif job.resume:
+            logger.info("no checkpoint in %s yet: starting from scratch", folder)
         task.open(progress.cycle, stack)
         Trainer(recipe, task, progress).run()
     for level in task.levels.values():

@@ -57,6 +57,7 @@ __all__ = [
     "RunRecipe",
     "differing_keys",
     "dump_recipe",
+    "find_recipe",
     "load_recipe",
     "read_values",
 ]
@@ -88,10 +89,8 @@ def load_recipe(
     Raises:
         UserError: The file or an override cannot be read, or a key or value is wrong.
     """
-    file = _find(path)
-    values = read_values(file)
-    for override in overrides:
-        _apply_override(values, override)
+    file = find_recipe(path)
+    values = read_values(file, overrides)
     try:
         _refuse_other_method(values, schema)
         _refuse_unknown_keys(values, schema)
@@ -106,11 +105,14 @@ def load_recipe(
     raise UserError(f"{' with '.join([str(file), *suspects])}: {key} {problem}")
 
 
-def read_values(file: Path) -> dict[str, Any]:
+def read_values(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The keys and values of a recipe of any kind, unchecked.
 
+    Args:
+        overrides: as `load_recipe` has them.
+
     Raises:
-        UserError: the file cannot be read, or is no recipe.
+        UserError: the file or an override cannot be read, or is no recipe.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -119,6 +121,8 @@ def read_values(file: Path) -> dict[str, Any]:
     values = parse_yaml(text, str(file))
     if not isinstance(values, dict):
         raise UserError(f"{file}: a recipe is a list of `key: value` lines, this file is not")
+    for override in overrides:
+        _apply_override(values, override)
     return values
 
 
@@ -139,8 +143,12 @@ def differing_keys(a: RunRecipe, b: RunRecipe) -> list[str]:
     ]
 
 
-def _find(path: str | Path) -> Path:
-    """Return the file of a path or of a shipped recipe's name."""
+def find_recipe(path: str | Path) -> Path:
+    """Return the file of a path or of a shipped recipe's name.
+
+    Raises:
+        UserError: there is none.
+    """
     file = Path(path)
     shipped = _SHIPPED / f"{path}.yaml"
     if file.is_file():

@@ -17,8 +17,8 @@ from pydantic import (
     TypeAdapter,
 )
 
-from mlomae import _preflight_probe
 from mlomae.errors import UserError
+from mlomae.preflight import probe
 
 START_SECONDS = 60.0  # until Python answers, from a slow shared filesystem too
 END_SECONDS = 10.0  # in which the probe may clean up
@@ -48,7 +48,7 @@ class Gpu(_Answer):
 
 
 class Facts(_Answer):
-    """What a launch would find on a host; see `_preflight_probe.ask_facts`."""
+    """What a launch would find on a host; see `probe.ask_facts`."""
 
     folder: bool
     python: Text
@@ -128,7 +128,7 @@ class Conversation:
         except FileNotFoundError:
             raise UserError(f"{command[0]} is missing on this machine: install it") from None
         conversation = cls(process, errors)
-        source = Path(_preflight_probe.__file__).read_bytes()
+        source = Path(probe.__file__).read_bytes()
         try:
             conversation._write(b"%d\n%s" % (len(source), source))
             await asyncio.wait_for(conversation._skip_greeting(), START_SECONDS)
@@ -138,7 +138,7 @@ class Conversation:
         return conversation
 
     async def ask(self, question: str, seconds: float | None = ANSWER_SECONDS, **more: Any) -> Any:
-        """The answer to a question of `_preflight_probe`, checked.
+        """The answer to a question of `probe`, checked.
 
         Raises:
             HostError: the host could not do it.
@@ -190,7 +190,7 @@ class Conversation:
 
     async def _skip_greeting(self) -> None:
         for _ in range(_MAX_GREETING):
-            if await self._readline() == _preflight_probe.READY.encode() + b"\n":
+            if await self._readline() == probe.READY.encode() + b"\n":
                 return
         raise ValueError("no end of the greeting")
 

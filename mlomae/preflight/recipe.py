@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlomae._preflight_checks import Needs
 from mlomae._recipe_section import flatten
 from mlomae.contrastive.programs import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import STEPS, MaeCtRecipe
 from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from mlomae.errors import UserError
+from mlomae.preflight.checks import Needs
 from mlomae.program import Program, checkpoint_bytes
-from mlomae.recipe import RunRecipe, _apply_override, _find, load_recipe, read_values
+from mlomae.recipe import RunRecipe, find_recipe, load_recipe, read_values
 from mlomae.train import PretrainingProgram
 
 _FILE_KEYS = ("train", "test", "init_from", "head_from")
@@ -40,9 +40,7 @@ def read_needs(
     Raises:
         UserError: recipe or DeepSpeed JSON are wrong, or do not fit each other or the slots.
     """
-    values = read_values(_find(name))
-    for override in overrides:
-        _apply_override(values, override)
+    values = read_values(find_recipe(name), overrides)
     folder = output_dir or values.get("output_dir")
     if not isinstance(folder, str):
         raise UserError(f"recipe {name} has no output_dir: give the recipe of a run that trains")

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlomae._preflight_conversation import (
+from mlomae.preflight.conversation import (
     Contents,
     Conversation,
     Facts,
     HostError,
     LostHost,
 )
-from mlomae._preflight_hosts import Host, local_command, ssh_command
+from mlomae.preflight.hosts import Host, local_command, ssh_command
 
 _NUM_CLOCK_READINGS = 5
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mlomae._preflight_conversation import Contents, Facts, HostError
-from mlomae._preflight_probe import EXTRAS, PACKAGES
-from mlomae._preflight_survey import Found
+from mlomae.preflight.conversation import Contents, Facts, HostError
+from mlomae.preflight.probe import EXTRAS, PACKAGES
+from mlomae.preflight.survey import Found
 
 CHECKS = (
     *("ssh", "python", "packages", "GPUs", "CUDA", "data"),

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from mlomae import _preflight_conversation as conversation
-from mlomae import _preflight_probe
 from mlomae.__main__ import COMMANDS
-from mlomae._preflight_checks import Needs, find_problems
-from mlomae._preflight_conversation import Conversation, Facts, Gpu, HostError, LostHost
-from mlomae._preflight_hosts import Host
-from mlomae._preflight_recipe import read_needs
-from mlomae._preflight_survey import Found
+from mlomae.preflight import conversation, probe
+from mlomae.preflight.checks import Needs, find_problems
+from mlomae.preflight.conversation import Conversation, Facts, Gpu, HostError, LostHost
+from mlomae.preflight.hosts import Host
+from mlomae.preflight.recipe import read_needs
+from mlomae.preflight.survey import Found
 from tests.ranks import ROOT
 
 
@@ -24,7 +23,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def never(*arguments: Any) -> None:
         raise AssertionError("a host was asked")
 
-    monkeypatch.setattr("mlomae.preflight.survey", never)
+    monkeypatch.setattr("mlomae.preflight.command.survey", never)
 
     def run(*arguments: str) -> str:
         code = COMMANDS["preflight"](arguments)
@@ -188,13 +187,13 @@ def test_a_large_file_is_compared_at_its_ends_and_in_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In small: ends of 1000 bytes, and 64 blocks of 10 which begin 20 bytes apart."""
-    monkeypatch.setattr(_preflight_probe, "END_BYTES", 1000)
-    monkeypatch.setattr(_preflight_probe, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(probe, "END_BYTES", 1000)
+    monkeypatch.setattr(probe, "BLOCK_BYTES", 10)
     file, content = tmp_path / "large.beton", bytearray(2000 + 64 * 20)
 
     def digest(full: bool) -> str:
         file.write_bytes(content)
-        (found,) = _preflight_probe.ask_data([str(file)], full)
+        (found,) = probe.ask_data([str(file)], full)
         assert found["num_bytes_read"] == (len(content) if full else 2000 + 640)
         assert (found["size"], found["num_files"]) == (len(content), 1)
         return found["digest"]
@@ -214,9 +213,7 @@ def test_a_folder_is_compared_by_names_and_sizes_or_in_full(tmp_path: Path) -> N
                                ("d", "1.png", "xx"), ("e", "2.png", "x")):  # fmt: skip
         (tmp_path / folder / "cats").mkdir(parents=True)
         (tmp_path / folder / "cats" / name).write_text(text)
-        found = [
-            _preflight_probe.ask_data([str(tmp_path / folder)], full)[0] for full in (False, True)
-        ]
+        found = [probe.ask_data([str(tmp_path / folder)], full)[0] for full in (False, True)]
         assert [one["num_bytes_read"] for one in found] == [0, len(text)]
         digests.append([one["digest"] for one in found])
     names, full = zip(*digests, strict=True)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from mlomae.__main__ import COMMANDS
-from mlomae._preflight_checks import CHECKS
+from mlomae.preflight.checks import CHECKS
 from tests.ranks import ROOT
 
 SSH = """#!/bin/bash

@@ -19,11 +19,11 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from mlomae._preflight_checks import CHECKS, Needs, Problem, describe_gpus, find_problems, gib
-from mlomae._preflight_hosts import Host, is_host_name, read_hostfile
-from mlomae._preflight_recipe import read_needs
-from mlomae._preflight_survey import Found, Questions, survey
 from mlomae.errors import UserError
+from mlomae.preflight.checks import CHECKS, Needs, Problem, describe_gpus, find_problems, gib
+from mlomae.preflight.hosts import Host, is_host_name, read_hostfile
+from mlomae.preflight.recipe import read_needs
+from mlomae.preflight.survey import Found, Questions, survey
 
 _HERE = "this machine"
 _LOG_WIDTH = 200  # of a file or a pipe: a row stays on one line
