@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from io import StringIO
@@ -107,6 +108,7 @@ def drive(launches: list[dict[str, Any]]) -> list[tuple[int, str]]:
             `kill` (rank, cycle): SIGTERM comes to this rank in this cycle, counted from 0;
             `full` (rank, texts): on this rank, writing a tensor file whose path holds all the
             texts fails for want of space;
+            `slow` (rank, seconds): on this rank, writing each tensor file takes so much longer;
             `shell`: a command which the first rank runs before it.
 
     Returns:
@@ -118,6 +120,7 @@ def drive(launches: list[dict[str, Any]]) -> list[tuple[int, str]]:
 def _launch(
     kill: tuple[int, int] | None = None,
     full: tuple[int, tuple[str, ...]] | None = None,
+    slow: tuple[int, float] | None = None,
     shell: str | None = None,
     program: str = "mlomae.train:PretrainingProgram",
     **arguments: Any,
@@ -139,6 +142,8 @@ def _launch(
             stack.enter_context(_sigterm_in_cycle(kill[1]))
         if full is not None and full[0] == rank:
             stack.enter_context(_no_space_for(full[1]))
+        if slow is not None and slow[0] == rank:
+            stack.enter_context(_slow_disk(slow[1]))
         code = launch(chosen, **arguments)
     return code, stderr.getvalue()
 
@@ -167,6 +172,16 @@ def _no_space_for(texts: tuple[str, ...]) -> Any:
         save_tensors(tensors, file)
 
     return mock.patch("mlomae._checkpoint_writer.save_tensors", save_or_fail)
+
+
+def _slow_disk(seconds: float) -> Any:
+    from mlomae.weights import save_tensors
+
+    def save_slowly(tensors: Any, file: Path) -> None:
+        time.sleep(seconds)
+        save_tensors(tensors, file)
+
+    return mock.patch("mlomae._checkpoint_writer.save_tensors", save_slowly)
 
 
 # --- what a run leaves -------------------------------------------------------------------------

@@ -50,6 +50,11 @@ def outcomes(setup: Setup, small_disk: tuple[Path, str]) -> dict[str, list[tuple
         "killed": launch("killed", EVERY_CYCLE, KEEP_ALL, resume=True, shell=killed),
         "unsaved": launch("unsaved", resume=True, shell=unsaved),
         "same step": launch("kept", resume=True),
+        "spaced": launch("spaced", EVERY_CYCLE, "checkpoint.keep=1", "checkpoint.keep_every=2"),
+        "beside": launch("beside", EVERY_CYCLE, KEEP_ALL, slow=(1, 0.5)),
+        "waited for": launch(
+            "waited", EVERY_CYCLE, KEEP_ALL, "checkpoint.async_save=false", slow=(1, 0.2)
+        ),
     }
     for stage, rank, files in FULL:
         run, options = f"full{stage}", {"stage": stage}
@@ -80,6 +85,26 @@ def test_the_newest_two_are_kept(outcomes: Any, setup: Setup) -> None:
     complete = [name for name in checkpoints(run) if not name.endswith(".tmp")]
     assert complete == ["latest", "step_00000006", "step_00000008"]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000008"
+
+
+def test_each_second_one_stays_for_good(outcomes: Any, setup: Setup) -> None:
+    assert codes(outcomes["spaced"]) == [0, 0]
+    assert checkpoints(setup.folder / "spaced") == ["latest", "step_00000004", "step_00000008"]
+
+
+@pytest.mark.parametrize(("run", "goes_on"), [("beside", True), ("waited for", False)])
+def test_training_goes_on_while_a_slow_disk_is_written(
+    outcomes: Any, setup: Setup, run: str, goes_on: bool
+) -> None:
+    """The second cycle is over before the first one's checkpoint, and no bit is another."""
+    assert codes(outcomes[run]) == [0, 0]
+    log = outcomes[run][0][1]
+    assert (log.index("cycle 2 ") < log.index("/step_00000002")) == goes_on
+    folder = setup.folder / run.split()[0]
+    assert checkpoints(folder) == ["latest"] + [f"step_{i:08d}" for i in (2, 4, 6, 8)]
+    for step in ("step_00000006", "step_00000008"):
+        ours, theirs = (contents(f / "checkpoints" / step) for f in (folder, setup.folder / "kept"))
+        assert ours == theirs
 
 
 def test_a_finished_run_is_not_saved_again(outcomes: Any, setup: Setup) -> None:
