@@ -4,6 +4,7 @@ Their spectrum falls as 1 / f^1.5 with random phases, the channels nearly alike:
 JPEG quality 90 take 22 kB on average, as ImageNet's photographs do.
 """
 
+import os
 import pickle
 import tarfile
 import tempfile
@@ -24,6 +25,7 @@ from data_ffcv._format import (
     VERSION,
 )
 from data_ffcv.convert import convert
+from data_ffcv.sources import open_source
 
 JPEG_QUALITY = 90
 NUM_CLASSES = 10
@@ -73,10 +75,8 @@ def make_small(num_images: int, out: Path, num_workers: int) -> Files:
 
 def read_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Returns the archive's training images, uint8 [n, 32, 32, 3], and labels, int64 [n]."""
-    parts = [pickle.loads((folder / f"data_batch_{i}").read_bytes()) for i in range(1, 6)]
-    pixels = np.concatenate([part[b"data"] for part in parts]).reshape(-1, 3, 32, 32)
-    labels = np.concatenate([part[b"labels"] for part in parts])
-    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels
+    source = open_source("cifar10", folder, part="train")
+    return source.images, source.labels
 
 
 def make_mock(path: Path) -> Path:
@@ -108,10 +108,14 @@ def describe(files: Files) -> dict[str, int | float]:
 
 
 def _cached(name: str, draw) -> Path:
-    """Returns a folder that is drawn once and kept in the machine's temporary folder."""
-    path = Path(tempfile.gettempdir()) / "mlomae_pictures" / name
+    """Returns a folder that is drawn once and kept among the user's caches.
+
+    In the machine's temporary folder somebody else could put one of that name there first.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = caches / "mlomae_pictures" / name
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent))
         draw(partial)
         partial.rename(path)

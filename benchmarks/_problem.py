@@ -168,7 +168,7 @@ def load(
 ) -> Problem:
     """The problem at the prepared weights and optimizer states."""
     problem = build(size, dtype=dtype, device=device)
-    state = torch.load(path, map_location=device)
+    state = torch.load(path, map_location=device, weights_only=True)
     for name, network in problem.networks.items():
         network.load_state_dict(state[name])
     problem.autoencoder_optimizer.load_state_dict(state["autoencoder_optimizer"])

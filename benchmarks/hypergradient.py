@@ -76,7 +76,7 @@ class Bench:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: {what} at size {self.size} failed:\n{done.stdout}{done.stderr}")
-        return torch.load(result) if result.exists() else None
+        return torch.load(result, weights_only=True) if result.exists() else None
 
 
 def _compare(

@@ -87,8 +87,9 @@ class Decoder:
         """Fills the arrays of a batch, each worker one consecutive run of it.
 
         Raises:
-            DataError: a sample is corrupt.
+            DataError: a sample is corrupt, or the file has been written over.
         """
+        self._images.check_unchanged()
         *_, targets = batch
         if not self._info.has_masks:
             targets[:] = self._info.labels[indices]

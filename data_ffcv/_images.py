@@ -25,6 +25,13 @@ class Images(Protocol):
     pixels: np.ndarray
     masks: np.ndarray
 
+    def check_unchanged(self) -> None:
+        """Looks whether what was opened is still there; to be called before each batch.
+
+        Raises:
+            DataError: it is not.
+        """
+
     def places(self, indices: np.ndarray) -> np.ndarray:
         """Returns int64 [n, 4]: position in `pixels` or -1, in `masks` or -1, height, width.
 
@@ -44,7 +51,8 @@ class BetonImages:
     """The images of a checked ``.beton``.
 
     The file stays open, and the mapping stays valid when another file is renamed over it.
-    Truncating or rewriting it in place would kill the process (SIGBUS), as with any mapped file.
+    Truncating it in place between `check_unchanged` and the end of a batch kills the process
+    (SIGBUS), as with any mapped file.
     """
 
     def __init__(self, info: BetonInfo) -> None:
@@ -53,6 +61,22 @@ class BetonImages:
         weakref.finalize(self, self.file.close)
         mapped = np.memmap(self.file, np.uint8, mode="r")
         self.pixels = self.masks = mapped.view(np.ndarray)
+
+    def check_unchanged(self) -> None:
+        path, before = self._info.path, len(self.pixels)
+        try:
+            now = os.fstat(self.file.fileno()).st_size
+        except OSError as error:  # such as a file server that has forgotten it
+            raise DataError(
+                f"{path} cannot be read any more ({error.strerror}); put it back, and never write "
+                "over a file in use but rename the new one over it"
+            ) from error
+        if now != before:
+            change = "shrunk" if now < before else "grown"
+            raise DataError(
+                f"{path} has {change} from {before} to {now} bytes while it was read; put the "
+                "whole file back, and never write over a file in use but rename the new one over it"
+            )
 
     @property
     def is_inspected(self) -> bool:
@@ -95,6 +119,9 @@ class FolderImages:
     def __init__(self, info: FolderInfo) -> None:
         self._info = info
         self.pixels = self.masks = _NO_BYTES
+
+    def check_unchanged(self) -> None:
+        """Each image is a file of its own, which `decode` opens."""
 
     def places(self, indices: np.ndarray) -> np.ndarray:
         table = np.full((len(indices), 4), -1, np.int64)

@@ -58,6 +58,7 @@ class WholeImages:
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (image, mask); raises DataError where one is damaged."""
         for index in self.indices.tolist():
+            self._images.check_unchanged()
             yield self._read_image(index), self._read_mask(index)
 
     def _read_image(self, index: int) -> np.ndarray:

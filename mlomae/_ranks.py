@@ -1,15 +1,19 @@
 """The processes of one launch: which one this is, how they start, and how they speak."""
 
+import faulthandler
 import logging
 import os
 import sys
 import time
+from datetime import timedelta
 
 import deepspeed
 import torch
+from deepspeed.constants import default_pg_timeout
 from rich.console import Console
 from rich.logging import RichHandler
 
+from mlomae._rendezvous import meet
 from mlomae.errors import UserError
 
 LAUNCHER_GRACE = 4.0  # seconds in which DeepSpeed's launcher surely notices that a rank has ended
@@ -27,15 +31,18 @@ def report(error: Exception) -> None:
     print(f"error: {rank}{error}", file=sys.stderr, flush=True)
 
 
-def start_ranks() -> None:
+def start_ranks(collective_timeout: timedelta | None = None) -> None:
     """Join the process group, over NCCL where there are GPUs, else over gloo.
+
+    Args:
+        collective_timeout: after which a collective call fails; None for DeepSpeed's own.
 
     Raises:
         UserError: no launcher has started this process.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_rank())
-        _join("nccl")
+        _join("nccl", collective_timeout)
         return
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -43,12 +50,13 @@ def start_ranks() -> None:
     # Compiled at the first start, of use to inference alone, and every rank leaves 66 MB of it in
     # /dev/shm for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _join("gloo")
+    _join("gloo", collective_timeout)
 
 
-def _join(backend: str) -> None:
+def _join(backend: str, timeout: timedelta | None) -> None:
+    store = meet()
     try:
-        deepspeed.init_distributed(backend)
+        deepspeed.init_distributed(backend, timeout=timeout or default_pg_timeout)
     except ModuleNotFoundError as error:
         if error.name != "mpi4py":
             raise
@@ -56,10 +64,13 @@ def _join(backend: str) -> None:
         raise UserError(
             f"no launcher has started this: run `deepspeed {sys.argv[0]} ...`, or use torchrun"
         ) from None
+    del store  # torch's own is open now
 
 
 def set_up_logging() -> None:
     """Log to stderr: rank 0 what happens, the others what goes wrong."""
+    # the stacks of a crash, such as of a data file cut short while it is mapped
+    faulthandler.enable(sys.__stderr__)  # type: ignore[arg-type]
     rank = launched_rank()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler: logging.Handler

@@ -27,6 +27,7 @@ from mlomae import checkpoint
 from mlomae._checkpoint_choice import choose
 from mlomae._output_dir import check_output_dir
 from mlomae._ranks import launched_world_size, report, set_up_logging, start_ranks
+from mlomae._rendezvous import COLLECTIVE_TIMEOUT
 from mlomae._run_lock import release_all
 from mlomae.deepspeed_config import (
     check_deepspeed_config,
@@ -208,7 +209,7 @@ def launch(
     def work() -> None:
         job = make_job(program.schema, recipe, deepspeed_config, resume, overrides)
         check_job(program, job)
-        start_ranks()
+        start_ranks(COLLECTIVE_TIMEOUT)
         run_job(program, job)
 
     return exit_code(work)
@@ -288,16 +289,17 @@ def run_job(program: Program[R], job: Job[R]) -> None:
         UserError: a checkpoint cannot be resumed.
     """
     recipe, folder = job.recipe, Path(job.recipe.output_dir)
-    dist.barrier()  # every rank has passed its checks before the first file is written
-    is_finished = [job.resume and (folder / SUMMARY_FILE).is_file()]
-    dist.broadcast_object_list(is_finished)  # nodes may see a network's folder differently
-    if is_finished[0]:
-        logger.info("%s is finished: nothing is left to do", folder)
-        return
-    if dist.get_rank() == 0:
-        _write_resolved(job)
     with ExitStack() as stack:
         stack.enter_context(watching(recipe.monitor.hang_timeout))
+        # Every rank has passed its checks before the first file is written.
+        is_finished = [job.resume and (folder / SUMMARY_FILE).is_file()]
+        dist.broadcast_object_list(is_finished)  # nodes may see a network's folder differently
+        dist.barrier()
+        if is_finished[0]:
+            logger.info("%s is finished: nothing is left to do", folder)
+            return
+        if dist.get_rank() == 0:
+            _write_resolved(job)
         newest = choose(folder / "checkpoints") if job.resume else None
         mark("building the engines")
         task = program.build(job)

@@ -1,8 +1,8 @@
 """Hangs, reported with the rank that hangs.
 
 Code that makes progress says so with `mark`. When no rank of the launch has marked anything for
-`timeout` seconds, one rank says in a sentence which rank hangs and where, the two print their
-stacks, and all end with exit code 75 (EX_TEMPFAIL): launch again with `--resume`.
+`timeout` seconds, one rank says in a sentence which rank hangs and where, that one and rank 0 print
+their stacks, and all end with exit code 75 (EX_TEMPFAIL): launch again with `--resume`.
 
 The ranks exchange signs through a connection of their own to the store of the process group, a few
 bytes every five seconds. Two threads in each rank take part: one talks to the store, and may block
@@ -194,7 +194,7 @@ class _Watchdog:
                 f"error: hang: {verdict.sentence}; launch again with --resume, or raise "
                 f"monitor.hang_timeout ({self._timeout:g} s) if this may take so long\n"
             )
-        if speaks or self._rank == verdict.ranks[0]:
+        if speaks or self._rank in (0, verdict.ranks[0]):
             _write(f"rank {self._rank} on {self._host} stands here:\n")
             faulthandler.dump_traceback(2)
         time.sleep(2 * self._interval + 1)

@@ -12,15 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from mlomae import _rendezvous
-from mlomae._signs import Sign, judge
-from mlomae.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD_SIZE, TIMEOUT = 3, 3.0
@@ -118,7 +112,7 @@ def _fork(case: str, rank: int, port: int, folder: Path) -> int:
     sys.exit()  # as a program ends: a thread that blocks the exit would be seen
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -132,7 +126,7 @@ def _main(folder: Path) -> None:
 
     children = {}
     for case in CASES:
-        port = _free_port()
+        port = free_port()
         children[case] = [_fork(case, rank, port, folder) for rank in range(WORLD_SIZE)]
     _suspend(children["suspended"], folder / "suspended 0.log")
     (folder / "codes.json").write_text(json.dumps(_reap(children)))
@@ -223,6 +217,8 @@ def test_the_stack_of_a_rank_that_sleeps_is_printed(launches: Launches, rank: in
     log = launches.log(f"rank {rank} sleeps", rank)
     stack = log.partition(f"rank {rank} on {socket.gethostname()} stands here:")[2]
     assert "test_watchdog.py" in stack and "in _train" in stack and "<lambda>" in stack
+    first = launches.log(f"rank {rank} sleeps", 0)
+    assert "rank 0 on" in first and "in _train" in first
 
 
 def test_a_rank_that_is_stopped_is_named(launches: Launches):
@@ -254,115 +250,6 @@ def test_a_rank_that_ended_alone_is_named(launches: Launches):
 def test_a_launch_that_is_slow_or_was_suspended_goes_on_and_ends(launches: Launches, case: str):
     assert launches.codes[case] == [0, 0, 0]
     assert not any("error: hang" in launches.log(case, rank) for rank in range(WORLD_SIZE))
-
-
-# --- who is to blame, by their signs -----------------------------------------------------------
-
-
-def sign(rank: int, **differing: Any) -> Sign:
-    """Of a rank that has waited in a collective call for a minute."""
-    values = {
-        "rank": rank,
-        "host": f"node{rank // 2}",
-        "beat": 9,
-        "num_marks": 5,
-        "place": "a step",
-    }
-    values |= {"waits_in": "barrier", "seconds": 60.0, "clock": 1000.0, "has_ended": False}
-    return Sign(**values | differing)
-
-
-def later(*signs: Sign, living: Iterable[int]) -> list[Sign]:
-    """A second look ten seconds after: who lives has given another sign."""
-    changes = {"beat": 10, "seconds": 70.0, "clock": 1010.0}
-    return [replace(s, **changes) if rank in living else s for rank, s in enumerate(signs)]
-
-
-def found(*signs: Sign, living: Iterable[int] = range(99), **options: float) -> Any:
-    given = {"timeout": 60.0, "apart": 10.0, "now": 1010.0} | options
-    return judge(signs, later(*signs, living=living), **given)
-
-
-def test_all_ranks_in_one_call_are_all_named():
-    verdict = found(*map(sign, range(4)))
-    assert verdict.ranks == [0, 1, 2, 3]
-    assert verdict.sentence == "all 4 ranks have not left `a step` (in barrier) for 70 s"
-
-
-def test_of_ranks_that_all_wait_the_one_with_the_fewest_marks_is_named():
-    verdict = found(sign(0), sign(1, num_marks=4, place="saving"), sign(2))
-    assert verdict.ranks == [1]
-    assert verdict.sentence == (
-        "rank 1 on node0 has not left `saving` (in barrier) for 70 s, and ranks 0, 2 wait in "
-        "barrier (`a step`)"
-    )
-
-
-def test_who_waits_for_nobody_is_named_though_it_has_the_most_marks():
-    assert found(sign(0, waits_in="", num_marks=8), sign(1), sign(2)).ranks == [0]
-
-
-def test_a_host_that_is_gone_is_named_with_its_ranks():
-    verdict = found(*(sign(rank, clock=900.0) for rank in range(6)), living=(0, 1, 4, 5))
-    assert verdict.sentence == (
-        "ranks 2-3 on node1 have given no sign for 110 s (last seen in `a step`), and ranks 0-1, "
-        "4-5 wait in barrier (`a step`)"
-    )
-
-
-def test_a_rank_that_comes_forward_keeps_all_alive():
-    signs = [sign(0), sign(1), sign(2, clock=0.0)]
-    moved = [*later(*signs[:1], living=[0]), replace(sign(1), beat=10, seconds=3.0), signs[2]]
-    assert judge(signs, moved, timeout=60.0, apart=10.0, now=1010.0) == 3.0
-
-
-def test_clocks_that_differ_condemn_nobody_alone():
-    """A living rank whose clock is an hour behind; a silent one whose clock is an hour ahead."""
-    assert found(sign(0), sign(1, clock=-2600.0)).ranks == [0, 1]
-    ahead = [sign(0), sign(1, clock=4600.0)]
-    assert found(*ahead, living=[0]) is None
-    assert found(*ahead, living=[0], apart=31.0).ranks == [1]
-
-
-def test_a_rank_that_never_gave_a_sign_is_named():
-    signs = [sign(0), None]
-    verdict = judge(signs, [*later(sign(0), living=[0]), None], timeout=60.0, apart=31.0, now=0.0)
-    assert verdict.sentence.startswith("rank 1 has given no sign since the start, and rank 0 waits")
-
-
-# --- the start ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> int:
-    """This process is rank 0 of three; returns the port."""
-    port = _free_port()
-    names = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in (names | {"RES_OPTIONS": "timeout:1 attempts:1"}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    return port
-
-
-@pytest.mark.usefixtures("launched")
-def test_ranks_that_do_not_come_are_named():
-    told = "only 1 of 3 ranks came within 1 s, all of them from .*; missing: 1, 2: look at the log"
-    with pytest.raises(UserError, match=told):
-        _rendezvous.meet(0.6)
-
-
-def test_a_port_that_is_in_use_is_named(launched: int):
-    with socket.socket() as other:
-        other.bind(("", launched))
-        other.listen()
-        with pytest.raises(UserError, match=f"port {launched} of .* is in use: .* --master_"):
-            _rendezvous.meet(0.6)
-
-
-def test_a_rank_0_that_does_not_come_is_named(launched: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(UserError, match=f"rank 1 on .* cannot reach rank 0 at .*:{launched}"):
-        _rendezvous.meet(1.0)
 
 
 if __name__ == "__main__":

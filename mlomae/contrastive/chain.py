@@ -8,6 +8,7 @@ from typing import Any
 
 from mlomae._checkpoint_choice import refuse_other_recipe
 from mlomae._ranks import launched_world_size, start_ranks
+from mlomae._rendezvous import COLLECTIVE_TIMEOUT
 from mlomae.contrastive.programs import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import STEPS, MaeCtRecipe
 from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_config
@@ -49,7 +50,7 @@ def launch_steps(
         jobs = plan_steps(recipe, deepspeed_config, resume, overrides, step)
         for name, job in jobs.items():
             check_job(_program(name, awaited=jobs), job)
-        start_ranks()
+        start_ranks(COLLECTIVE_TIMEOUT)
         for name, job in jobs.items():
             gc.collect()  # the engines of the step before: cycles of references, and large
             program = _program(name)
