@@ -151,6 +151,10 @@ REFUSED = {
     "no number": (["pretrain.lr=fast"], "pretrain.lr", '"fast"', "valid number"),
     "truth as number": (["pretrain.batch_size=true"], "pretrain.batch_size", "true", "integer"),
     "half a batch": (["mask.batch_size=1.5"], "mask.batch_size", "1.5", "integer"),
+    "kept of what": (
+        ["checkpoint.interval_epochs=null", "checkpoint.keep_every=3"],
+        *("checkpoint.keep_every is given without interval_epochs", "add or remove one"),
+    ),
     "no epochs": (["epochs=0"], "epochs is 0", "greater than 0", "Passes over the training images"),
     "endless": (["epochs=.inf"], "epochs", "finite"),
     "choice": (["pretrain.optimizer=lion"], "pretrain.optimizer", '"lion"', "'adamw' or 'sgd'"),
