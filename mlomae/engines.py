@@ -111,7 +111,8 @@ class TrainingLevel:
                 f"{self.name}: loss or gradient was not finite for {MAX_SKIPPED_STEPS} steps in a "
                 f"row (up to step {self.num_steps}); lower {self.name}.lr, lengthen "
                 f"{self.name}.warmup_epochs or set {self.name}.gradient_clipping, and start again "
-                "in another output_dir"
+                "in another output_dir; --resume goes on from the last checkpoint, which helps "
+                "when a passing fault of a machine was the cause"
             )
         return False
 

@@ -330,5 +330,7 @@ def _write_resolved(job: Job[Any]) -> None:
     resolved = dump_recipe(job.recipe)
     Console(stderr=True, highlight=False).print(resolved, markup=False)
     folder = Path(job.recipe.output_dir)
-    (folder / RECIPE_FILE).write_text(resolved)
     (folder / "deepspeed_config.json").write_text(json.dumps(job.deepspeed_config, indent=2))
+    partial = folder / f"{RECIPE_FILE}.tmp"
+    partial.write_text(resolved)
+    partial.replace(folder / RECIPE_FILE)  # --resume reads it: a kill must leave no half of it
