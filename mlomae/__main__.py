@@ -123,8 +123,8 @@ def _plan(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value")
     given = parser.parse_intermixed_args(arguments)
 
-    from mlomae.plan import Request
-    from mlomae.plan import main as plan
+    from mlomae.plan.command import Request
+    from mlomae.plan.command import main as plan
 
     return plan(Request(**vars(given)))
 

@@ -31,6 +31,18 @@ def report(error: Exception) -> None:
     print(f"error: {rank}{error}", file=sys.stderr, flush=True)
 
 
+def report_lost_rank(error: Exception) -> None:
+    """Print that another rank has ended, once the launcher has seen with what it did."""
+    time.sleep(LAUNCHER_GRACE)
+    reason = " ".join(str(error).split())[:200]
+    print(
+        f"error: rank {launched_rank()} has lost another rank ({reason}): the other's last lines "
+        "say why; launch again with --resume",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def start_ranks(collective_timeout: timedelta | None = None) -> None:
     """Join the process group, over NCCL where there are GPUs, else over gloo.
 

@@ -9,6 +9,7 @@ import argparse
 import errno
 import json
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,7 +27,13 @@ from data_ffcv import DataError, choose_backend
 from mlomae import checkpoint
 from mlomae._checkpoint_choice import choose
 from mlomae._output_dir import check_output_dir
-from mlomae._ranks import launched_world_size, report, set_up_logging, start_ranks
+from mlomae._ranks import (
+    launched_world_size,
+    report,
+    report_lost_rank,
+    set_up_logging,
+    start_ranks,
+)
 from mlomae._rendezvous import COLLECTIVE_TIMEOUT
 from mlomae._run_lock import release_all
 from mlomae.deepspeed_config import (
@@ -44,12 +51,15 @@ from mlomae.recipe import RunRecipe, dump_recipe, load_recipe
 from mlomae.report import SUMMARY_FILE
 from mlomae.task import Task
 from mlomae.trainer import Stopped, Trainer
-from mlomae.watchdog import mark, watching
+from mlomae.watchdog import EX_TEMPFAIL, mark, watching
 from mlomae.weights import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=RunRecipe)
+
+# how gloo and NCCL say that the process at the other end has ended
+_LOST_RANK = re.compile("(closed|reset) by peer|Broken pipe|remote process exited")
 
 
 @dataclass(frozen=True)
@@ -219,7 +229,7 @@ def exit_code(work: Callable[[], None]) -> int:
     """Do the work of a rank, turn what ends it into a sentence and an exit code.
 
     0: finished. 1: the numbers broke down. 2: bad input, or an output_dir that cannot be written.
-    128 + n: stopped by signal n, saved.
+    75: another rank is gone, or hung. 128 + n: stopped by signal n, saved.
     """
     set_up_logging()
     try:
@@ -238,6 +248,11 @@ def exit_code(work: Callable[[], None]) -> int:
     except Stopped as stopped:
         logger.info("%s", stopped)
         return stopped.code
+    except RuntimeError as error:
+        if not _LOST_RANK.search(str(error)):
+            raise
+        report_lost_rank(error)
+        return EX_TEMPFAIL
     finally:
         release_all()
         if dist.is_initialized():

@@ -130,3 +130,32 @@ def test_a_recipe_of_another_kind_is_refused(module_setup, beton):
 
     with pytest.raises(UserError, match="method is toy, but must be mlo_mae or mae here"):
         make_job(Recipe, recipe(module_setup.folder, beton), module_setup.config())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:41001",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_rank_that_lost_another_asks_to_be_launched_again(monkeypatch, capfd, said):
+    from mlomae.program import exit_code
+
+    def work() -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("mlomae._ranks.LAUNCHER_GRACE", 0)
+    assert exit_code(work) == 75
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: rank 0 has lost another rank") and "--resume" in error
+
+
+def test_other_errors_keep_their_traceback():
+    from mlomae.program import exit_code
+
+    def work() -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        exit_code(work)
