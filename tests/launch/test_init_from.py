@@ -63,12 +63,7 @@ def test_resuming_changes_no_bit_and_needs_no_initial_weights(
     assert (codes["whole"], codes["half"], codes["other half"]) == (0, 143, 0)
     whole, halves = (module_setup.folder / name for name in ("whole", "halves"))
     found, expected = (contents(run / "checkpoints" / LAST) for run in (halves, whole))
-    # DeepSpeed never initialises the padding of shards, such as of the light network's last bias;
-    # what they hold besides is in masking.safetensors.
-    padded = [key for key in expected if key.startswith("mask/") and "fp32_flat_groups" in key]
-    assert len(padded) == 4 and len(expected) > 500
-    for key in padded:
-        found[key] = expected[key]
+    assert len(expected) > 300
     assert found == expected
     assert records(halves) == records(whole)
 
