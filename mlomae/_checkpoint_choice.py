@@ -2,16 +2,18 @@
 
 import json
 import logging
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from mlomae._checkpoint_writer import STATE_FILE, checksum, text_checksum
+from mlomae._checkpoint_writer import STATE_FILE, checksum, point_to, text_checksum
 from mlomae.errors import UserError
 from mlomae.recipe import RunRecipe, differing_keys, load_recipe
+from mlomae.watchdog import mark
 from mlomae.weights import RECIPE_FILE, complete_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -20,7 +22,15 @@ FORMAT = 2
 
 
 class Damaged(Exception):
-    """A checkpoint that cannot be read, and why."""
+    """A checkpoint that is not what was written, and why.
+
+    Attributes:
+        is_missing: a file is not there, as this rank sees it.
+    """
+
+    def __init__(self, reason: str, is_missing: bool = False) -> None:
+        super().__init__(reason)
+        self.is_missing = is_missing
 
 
 def newest_sound(folder: Path) -> Path | None:
@@ -46,7 +56,8 @@ def choose(folder: Path) -> Path | None:
     Damaged ones that are newer get another name, and stay.
 
     Raises:
-        UserError: there are checkpoints, but none is sound or of this version.
+        UserError: there are checkpoints, but none is sound or of this version; or a rank cannot
+            read what others can.
     """
     for cut_short in folder.glob("step_*.tmp"):
         logger.info("ignored %s: its writing was cut short", cut_short)
@@ -56,7 +67,7 @@ def choose(folder: Path) -> Path | None:
     for checkpoint in reversed(found[0]):
         problem = _agreed_problem(checkpoint)
         if problem is None:
-            _set_aside(problems)
+            _set_aside(problems, checkpoint)
             return checkpoint
         problems[checkpoint] = problem
     _refuse_if_any(folder, problems)
@@ -67,20 +78,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `state.json` of a checkpoint says.
 
     Raises:
-        Damaged: it cannot be read.
-        UserError: another version of this program wrote it.
+        Damaged: it is not what was written.
+        UserError: it cannot be read, or another version of this program wrote it.
     """
+    with _reading(checkpoint, STATE_FILE):
+        text = (checkpoint / STATE_FILE).read_bytes()
     try:
-        state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
+        state: dict[str, Any] = json.loads(text)
         version = state["format"]
+        writer = state["versions"]["mlomae"]
         if version == FORMAT and state.pop("crc32") != text_checksum(state):
             raise ValueError("its text is not what was written")
-    except OSError as error:
-        raise Damaged(f"{STATE_FILE}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{STATE_FILE}: {error}") from None
     if version != FORMAT:
-        writer = state.get("versions", {}).get("mlomae", "of another version")
         raise UserError(
             f"{checkpoint} has format {version}, this version reads {FORMAT}: "
             f"resume with mlomae {writer}"
@@ -102,52 +113,79 @@ def refuse_other_recipe(folder: Path, recipe: RunRecipe) -> None:
 
 
 def _agreed_problem(checkpoint: Path) -> str | None:
-    """What any rank finds wrong; each one reads its share of the files."""
+    """What any rank finds wrong; each one reads its share of the files.
+
+    Raises:
+        UserError: a rank cannot read what others can, on all ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own: tuple[str, bool] | None = None  # what is wrong, and whether a file is missing
+    refusal = None
     try:
-        problem = None
         state = read_state(checkpoint)
         _check_sizes(checkpoint, state)
-        rank, world_size = dist.get_rank(), dist.get_world_size()
         _check_sums(checkpoint, dict(list(state["files"].items())[rank::world_size]))
     except Damaged as damage:
-        problem = str(damage)
-    except UserError as error:  # of another version, below newer ones that are damaged
-        problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((problem for problem in problems if problem is not None), None)
+        own = str(damage), damage.is_missing
+    except UserError as error:
+        refusal = f"rank {rank} on {socket.gethostname()}: {error}"
+    found: list[Any] = [None] * world_size
+    dist.all_gather_object(found, (own, refusal))
+    if refusals := [refusal for _, refusal in found if refusal is not None]:
+        raise UserError(refusals[0])
+    problems = [(number, problem) for number, (problem, _) in enumerate(found) if problem]
+    if not problems:
+        return None
+    number, (text, is_missing) = problems[0]
+    if is_missing and number and all(missing for _, (_, missing) in problems):
+        raise UserError(  # the first rank sees it, so it is there
+            f"rank {number} does not see all of {checkpoint} ({text}): mend the mount of its "
+            "host, and launch again"
+        )
+    return text
 
 
 def _check_sizes(checkpoint: Path, state: Mapping[str, Any]) -> None:
     for name, sums in state["files"].items():
-        try:
+        with _reading(checkpoint, name):
             size = (checkpoint / name).stat().st_size
-        except OSError as error:
-            raise Damaged(f"{name}: {error.strerror}") from None
         if size != sums["bytes"]:
             raise Damaged(f"{name}: {size} of {sums['bytes']} bytes")
 
 
 def _check_sums(checkpoint: Path, files: Mapping[str, Mapping[str, int]]) -> None:
     for name, sums in files.items():
-        try:
+        mark(f"reading {name}")
+        with _reading(checkpoint, name):
             found = checksum(checkpoint / name)
-        except OSError as error:
-            raise Damaged(f"{name}: {error.strerror}") from None
         if found != sums["crc32"]:
             raise Damaged(f"{name}: its bytes are not those that were written")
 
 
-def _set_aside(problems: Mapping[Path, str]) -> None:
+@contextmanager
+def _reading(checkpoint: Path, name: str) -> Iterator[None]:
+    """A file that is not there is damage; one that cannot be read may be well in a minute."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise Damaged(f"{name}: {error.strerror}", is_missing=True) from None
+    except OSError as error:
+        raise UserError(
+            f"{checkpoint / name} cannot be read ({error.strerror}): mend its disk, mount or "
+            "rights, and launch again"
+        ) from None
+
+
+def _set_aside(problems: Mapping[Path, str], chosen: Path) -> None:
     """Say what is skipped, and free its name for the run that will come there once more."""
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and problems:
         for checkpoint, problem in problems.items():
             other = next(path for path in _names(checkpoint) if not path.exists())
-            with suppress(OSError):  # rights that lack are told where it matters, at a save
-                checkpoint.rename(other)
+            checkpoint.rename(other)
             logger.warning(
                 "skipped %s: damaged (%s); it is now called %s", checkpoint, problem, other.name
             )
+        point_to(chosen)
     dist.barrier()
 
 

@@ -1,7 +1,6 @@
 """Writing a checkpoint from all ranks at once, in the background."""
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -10,9 +9,9 @@ from threading import Thread
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
+from mlomae._files import replace_text, sync
 from mlomae.errors import UserError
 from mlomae.weights import save_tensors
 
@@ -60,6 +59,8 @@ class Saving:
             UserError: some rank could not write, on all ranks; older checkpoints are untouched.
         """
         self._thread.join()
+        if self._problem is None and self._sums.keys() != self._files.keys():
+            self._problem = "the thread that writes has ended early"
         self._files = {}  # their memory
         everybodys = self._agree()
         if dist.get_rank() == 0:
@@ -70,7 +71,7 @@ class Saving:
     def _attempt(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except (OSError, RuntimeError, SafetensorError, MemoryError) as error:
+        except Exception as error:  # whatever it is, the other ranks have to hear of it
             self._problem = " ".join(str(error).split())[:200] or type(error).__name__
 
     def _agree(self) -> list[dict[str, dict[str, int]]]:
@@ -92,7 +93,7 @@ class Saving:
     def _make_room(self) -> None:
         """Remove what was cut short, and begin."""
         for leftover in self.partial.parent.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # a reader on NFS may hold a file of it
         self.partial.mkdir(parents=True)
 
     def _write(self) -> None:
@@ -103,22 +104,24 @@ class Saving:
                 file.write_text(content)
             else:
                 save_tensors(dict(content), file)
-            _sync(file)
+            sync(file)
             self._sums[name] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
 
     def _complete(self, files: dict[str, dict[str, int]]) -> None:
         file = self.partial / STATE_FILE
         state = self._state | {"files": files}
         file.write_text(json.dumps({"crc32": text_checksum(state), **state}, indent=1))
-        _sync(file)
+        sync(file)
         for folder in {(self.partial / name).parent for name in files} | {self.partial}:
-            _sync(folder)
+            sync(folder)
         self.partial.rename(self.final)  # steps grow, so nothing sound bears this name yet
-        _sync(self.final.parent)
-        pointer = self.final.parent / "latest.tmp"
-        pointer.write_text(self.final.name)
-        _sync(pointer)
-        pointer.replace(self.final.parent / "latest")
+        sync(self.final.parent)
+        point_to(self.final)
+
+
+def point_to(checkpoint: Path) -> None:
+    """Make `latest` name a checkpoint."""
+    replace_text(checkpoint.parent / "latest", checkpoint.name)
 
 
 def checksum(file: Path) -> int:
@@ -133,12 +136,3 @@ def checksum(file: Path) -> int:
 def text_checksum(state: dict[str, Any]) -> int:
     """CRC-32 of what `state.json` says."""
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, would outlive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlomae.engines import TrainingLevel
 from mlomae.hypergrad.partition import Partition, Vector, view
+from mlomae.watchdog import mark
 
 MASTER = "master"
 
@@ -84,7 +85,7 @@ def restore(
         folder: of the files `shards_RRRRR.safetensors`.
 
     Raises:
-        ValueError: a weight is in none of the files.
+        ValueError: some rank cannot read a file, or finds a weight in none, on all ranks.
     """
     partition = level.level.partition
     shards = [shard.detach().flatten() for shard in partition.shards()]
@@ -92,13 +93,22 @@ def restore(
     filled = _Filled(partition, {MASTER: shards, **vectors, **memory})
     files = sorted(folder.glob("shards_*.safetensors"))
     own = dist.get_rank()
-    for file in [*files[own : own + 1], *files[:own], *files[own + 1 :]]:
-        filled.read(file)
-        if filled.is_complete:  # as after the first one, where nothing is cut anew
-            break
-    filled.check({MASTER, *vectors})
-    _give_memory(partition, memory, filled)
-    _restore_whole(level, files[0])
+    problem = None
+    try:
+        for file in [*files[own : own + 1], *files[:own], *files[own + 1 :]]:
+            mark(f"reading {file.parent.name}/{file.name}")
+            filled.read(file)
+            if filled.is_complete:  # as after the first one, where nothing is cut anew
+                break
+        filled.check({MASTER, *vectors})
+        _give_memory(partition, memory, filled)
+        _restore_whole(level, files[0])
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
+        problem = f"rank {own}: {error}"
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)  # one that raised at once would leave the others
+    if problem := next((problem for problem in problems if problem is not None), None):
+        raise ValueError(problem)
     partition.refresh()
 
 

@@ -9,11 +9,14 @@ from datetime import timedelta
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
+from deepspeed.utils import groups
 from rich.console import Console
 from rich.logging import RichHandler
+from torch.distributed import DistError
 
-from mlomae._rendezvous import meet
+from mlomae._rendezvous import MEETING_TIMEOUT, meet
 from mlomae.errors import UserError
 
 LAUNCHER_GRACE = 4.0  # seconds in which DeepSpeed's launcher surely notices that a rank has ended
@@ -68,7 +71,7 @@ def start_ranks(collective_timeout: timedelta | None = None) -> None:
 def _join(backend: str, timeout: timedelta | None) -> None:
     store = meet()
     try:
-        deepspeed.init_distributed(backend, timeout=timeout or default_pg_timeout)
+        deepspeed.init_distributed(backend, timeout=timedelta(seconds=MEETING_TIMEOUT))
     except ModuleNotFoundError as error:
         if error.name != "mpi4py":
             raise
@@ -76,7 +79,15 @@ def _join(backend: str, timeout: timedelta | None) -> None:
         raise UserError(
             f"no launcher has started this: run `deepspeed {sys.argv[0]} ...`, or use torchrun"
         ) from None
+    except DistError as error:
+        raise UserError(
+            f"a rank has ended while all joined ({' '.join(str(error).split())[:100]}): look at "
+            "the logs of all hosts"
+        ) from None
     del store  # torch's own is open now
+    # ZeRO's collectives run in a group of DeepSpeed's own, which takes torch's default else.
+    for group in (dist.group.WORLD, groups._clone_world_group()):
+        dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout, group)
 
 
 def set_up_logging() -> None:

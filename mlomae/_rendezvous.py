@@ -5,6 +5,7 @@ import socket
 import time
 from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from mlomae.errors import UserError
@@ -25,25 +26,36 @@ def meet(timeout: float = MEETING_TIMEOUT) -> Store | None:
         timeout: seconds.
 
     Returns:
-        None where no launcher has said where to meet.
+        None where no launcher has said where to meet, or the ranks have met before.
 
     Raises:
-        UserError: rank 0 cannot be reached, or its port is in use; or some ranks have not come
-            (names them, and the hosts of those that have).
+        UserError: rank 0 cannot be reached, or its port is in use, also by another launch; or some
+            ranks have not come (names them, and the hosts of those that have).
     """
-    if "MASTER_PORT" not in os.environ or "RANK" not in os.environ:
+    if dist.is_initialized() or "MASTER_PORT" not in os.environ or "RANK" not in os.environ:
         return None
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deadline = time.monotonic() + timeout
     store = _open(rank, timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # their store outlives the ranks
     names = PrefixStore(f"meeting/{attempt}", store)
+    if names.add(f"came/{rank}", 1) > 1:
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} serves another "
+            "launch: give the launcher another --master_port"
+        )
     names.set(str(rank), socket.gethostname())
     keys = [str(number) for number in range(world_size)]
-    while not names.check(keys):
-        if time.monotonic() > deadline:
-            raise UserError(_who_is_missing(names, keys, timeout))
-        time.sleep(0.1)
+    try:
+        while not names.check(keys):
+            if time.monotonic() > deadline:
+                raise UserError(_who_is_missing(names, keys, timeout))
+            time.sleep(0.1)
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} has lost rank 0 while it waited for the others "
+            f"({' '.join(str(error).split())[:100]}): look at the log of the first host"
+        ) from None
     return store
 
 

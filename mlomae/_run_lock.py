@@ -22,7 +22,8 @@ def lock(folder: Path) -> None:
     """Claim a run's folder until `release_all`, or until this process is gone.
 
     The kernel keeps the lock, so a killed launch leaves none behind. POSIX locks reach other nodes
-    through NFS and Lustre; a second claim by the same process does nothing.
+    through NFS and Lustre, unless these are mounted with locks of each node's own (`local_lock`,
+    `localflock`). A second claim by the same process does nothing.
 
     Raises:
         UserError: another launch has it; says which.

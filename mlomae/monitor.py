@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from mlomae._files import replace_text
 
 Record = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
@@ -149,9 +150,7 @@ def _drop_later_records(file: Path, cycle: int, evaluated: int) -> None:
         for record in read_metrics(file.parent)
         if record["cycle"] <= (cycle if "images_per_second" in record else evaluated)
     ]
-    partial = file.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(partial, file)
+    replace_text(file, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _heat_map(values: list[float], grid_size: tuple[int, int] | None, cell: int = 12) -> np.ndarray:

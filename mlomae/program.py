@@ -26,6 +26,7 @@ from torch import nn
 from data_ffcv import DataError, choose_backend
 from mlomae import checkpoint
 from mlomae._checkpoint_choice import choose
+from mlomae._files import replace_text
 from mlomae._output_dir import check_output_dir
 from mlomae._ranks import (
     launched_world_size,
@@ -346,6 +347,4 @@ def _write_resolved(job: Job[Any]) -> None:
     Console(stderr=True, highlight=False).print(resolved, markup=False)
     folder = Path(job.recipe.output_dir)
     (folder / "deepspeed_config.json").write_text(json.dumps(job.deepspeed_config, indent=2))
-    partial = folder / f"{RECIPE_FILE}.tmp"
-    partial.write_text(resolved)
-    partial.replace(folder / RECIPE_FILE)  # --resume reads it: a kill must leave no half of it
+    replace_text(folder / RECIPE_FILE, resolved)  # --resume reads it

@@ -11,6 +11,7 @@ import timm
 import torch
 
 import mlomae
+from mlomae._files import replace_text
 from mlomae.monitor import read_metrics
 from mlomae.recipe import RunRecipe
 from mlomae.task import Task
@@ -20,9 +21,7 @@ SUMMARY_FILE, RESULT_FILE, REPORT_FILE = "summary.json", "result.json", "report.
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write how long a run took and how fast it was; its presence says that the run is over."""
-    partial = folder / f"{SUMMARY_FILE}.tmp"
-    partial.write_text(json.dumps(summary, indent=1))
-    partial.replace(folder / SUMMARY_FILE)
+    replace_text(folder / SUMMARY_FILE, json.dumps(summary, indent=1))
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

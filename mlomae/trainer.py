@@ -88,14 +88,14 @@ class Trainer:
             is_last = progress.cycle == task.num_cycles
             self._record(monitor, is_last=bool(stop) or is_last)
             bar.update(row, completed=progress.cycle, description=self._headline())
-            if not stop and not is_last:
-                self._look(monitor)
             is_saved = bool(stop) or self._is_due(self.recipe.checkpoint.interval_epochs)
             if is_saved:
                 self._save()
             if stop:
                 self._finish_saving()
                 raise Stopped(stop)
+            if not is_last:
+                self._look(monitor)  # after the save, which it would else put at risk
         if not is_saved:
             self._save()
         self._finish_saving()

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 
@@ -116,19 +116,25 @@ class _Watchdog:
 
     def _exchange(self) -> None:
         """Give signs, and hear or reach a verdict."""
-        try:
-            while not self._has_left.wait(self._interval if self._beats else 0):
-                self._post(has_ended=False)
-                if self._store.check([_VERDICT]):
-                    self._heed_verdict()
-                if self._in_place.seconds < self._timeout:
-                    self._first_look, self._look_again = None, self._timeout
-                elif self._in_place.seconds >= self._look_again:
-                    self._look(self._read())
-                self._beats += 1
-            self._post(has_ended=True)
-        except RuntimeError:  # the store's host is gone: `_watch` says so when the time is over
-            return
+        while not self._has_left.is_set():
+            try:
+                self._exchange_signs()
+            except RuntimeError:  # the connection is lost, or the store's host is gone, which
+                self._has_left.wait(self._interval)  # `_watch` says when the time is over
+                with suppress(RuntimeError):
+                    self._store = _connect()
+
+    def _exchange_signs(self) -> None:
+        while not self._has_left.wait(self._interval if self._beats else 0):
+            self._post(has_ended=False)
+            if self._store.check([_VERDICT]):
+                self._heed_verdict()
+            if self._in_place.seconds < self._timeout:
+                self._first_look, self._look_again = None, self._timeout
+            elif self._in_place.seconds >= self._look_again:
+                self._look(self._read())
+            self._beats += 1
+        self._post(has_ended=True)
 
     def _post(self, has_ended: bool) -> None:
         sign = Sign(
@@ -194,7 +200,8 @@ class _Watchdog:
                 f"error: hang: {verdict.sentence}; launch again with --resume, or raise "
                 f"monitor.hang_timeout ({self._timeout:g} s) if this may take so long\n"
             )
-        if speaks or self._rank in (0, verdict.ranks[0]):
+        # Where signs cannot tell the ranks apart, as on GPUs inside of a step, their stacks may.
+        if speaks or self._rank in (0, *verdict.ranks):
             _write(f"rank {self._rank} on {self._host} stands here:\n")
             faulthandler.dump_traceback(2)
         time.sleep(2 * self._interval + 1)

@@ -306,6 +306,7 @@ def _unsupported(engine: Any) -> Iterable[tuple[str, bool, str]]:
     yield "torch_autocast", engine.torch_autocast_enabled(), "use bf16"
     offloads = [part.device for part in (zero.offload_optimizer, zero.offload_param) if part]
     yield "offload to nvme", "nvme" in offloads, "offload to cpu"
+    yield "zero_hpz_partition_size", zero.zero_hpz_partition_size > 1, "remove it"
     unmanaged = not engine.managed_gradient_accumulation()
     yield "managed_gradient_accumulation=false", unmanaged, "remove it"
     if stage in (1, 2):

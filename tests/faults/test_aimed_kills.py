@@ -37,8 +37,8 @@ ENDS = [
 SAVES = [
     (0, "kill_in_file", f"{WRITER}.save_tensors", "model.safetensors", False),
     (1, "kill_in_file", f"{WRITER}.save_tensors", "mask/shards_00001.safetensors", False),
-    (1, "kill", f"{WRITER}._sync", "classifier/shards_00001.safetensors", False),
-    (0, "kill_in_file", f"{WRITER}._sync", "state.json", False),
+    (1, "kill", f"{WRITER}.sync", "classifier/shards_00001.safetensors", False),
+    (0, "kill_in_file", f"{WRITER}.sync", "state.json", False),
     (0, "kill", "pathlib.Path.rename", "{step}.tmp", False),
     (0, "kill_after", "pathlib.Path.rename", "{step}.tmp", True),
     (0, "kill", "pathlib.Path.replace", "latest.tmp", True),
