@@ -41,6 +41,7 @@ requeue() {
 }
 
 cd -- "$SLURM_SUBMIT_DIR" # this file runs as a copy in a folder of SLURM's
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this clone's code, whatever .venv was made for
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself

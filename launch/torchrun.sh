@@ -20,7 +20,9 @@ num_nodes=$1 endpoint=$2
 shift 2
 
 export PATH=$PWD/.venv/bin:$PATH
-# Seconds in which a rank that got SIGTERM can finish its cycle and save (torchrun's default is 30).
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this clone's code, whatever .venv was made for
+# Seconds in which ranks can finish their cycle and save when torchrun is stopped (its default is 30,
+# and it always gives 30 when a rank has ended by itself).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 # No restarts: torchrun's would start from scratch in a folder that holds a run. --resume goes on.
 exec torchrun --nnodes "$num_nodes" --nproc-per-node "${MLOMAE_RANKS_PER_NODE:-gpu}" \

@@ -164,7 +164,9 @@ def parse_arguments(
         add: adds flags of the program's own.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--recipe", required=True, help="a YAML file, or a shipped recipe's name")
     parser.add_argument("--deepspeed_config", required=True, help="a DeepSpeed JSON file")

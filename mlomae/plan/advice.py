@@ -77,14 +77,18 @@ def advise(plan: Plan, peak: int, budget: float) -> list[Step]:
     """
     steps: list[Step] = []
     for change in (_stage, _keep_activations, _accumulate, _checkpoint, _offload, _more_nodes):
+        step = None
         for text, changed in change(plan):
             with suppress(UserError, ValueError):
                 found = changed.cycle().fullest.total
                 if found < 0.99 * peak:
                     plan, peak = changed, found
-                    steps.append(Step(text, plan, peak))
+                    step = Step(text, plan, peak)  # in place of a lesser value of the same
             if peak <= budget:
-                return steps
+                break
+        steps += [step] if step else []
+        if peak <= budget:
+            break
     return steps
 
 

@@ -73,9 +73,9 @@ def read_plan(request: Request) -> Plan:
     Raises:
         UserError: one of them is wrong.
     """
-    for flag in ("nodes", "gpus_per_node", "bandwidth"):
-        if getattr(request, flag) <= 0:
-            raise UserError(f"--{flag} is {getattr(request, flag)}: give a positive number")
+    for flag in ("nodes", "gpus_per_node", "bandwidth", "num_images"):
+        if (value := getattr(request, flag)) is not None and value <= 0:
+            raise UserError(f"--{flag} is {value}: give a positive number")
     if not 0 < request.utilization <= 1:
         raise UserError(f"--utilization is {request.utilization}: give a share in (0, 1]")
     recipe = load_recipe(request.recipe, request.overrides)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mlomae.plan.engines import BUFFERS, GATHERED, PlannedEngine
 
@@ -160,8 +161,9 @@ class Gathering:
             param.is_whole = True
 
     def _after(self, module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda _: self._before(module))
+        for tensor in tree_leaves(output):  # of a whole model it may be a dictionary
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: self._before(module))
         if torch._C._current_graph_task_id() != -1:  # recomputed for the backward pass
             return
         params = list(module.parameters(recurse=False))

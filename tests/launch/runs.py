@@ -1,5 +1,6 @@
 """Tiny runs: their recipes, launches of them in one pair of processes, and what they leave."""
 
+import errno
 import hashlib
 import importlib
 import json
@@ -108,6 +109,8 @@ def drive(launches: list[dict[str, Any]]) -> list[tuple[int, str]]:
             `kill` (rank, cycle): SIGTERM comes to this rank in this cycle, counted from 0;
             `full` (rank, texts): on this rank, writing a tensor file whose path holds all the
             texts fails for want of space;
+            `bug` (rank, texts): the same for a reason that nobody has thought of;
+            `stale` rank: on this rank, reading what a checkpoint holds fails;
             `slow` (rank, seconds): on this rank, writing each tensor file takes so much longer;
             `shell`: a command which the first rank runs before it.
 
@@ -120,6 +123,8 @@ def drive(launches: list[dict[str, Any]]) -> list[tuple[int, str]]:
 def _launch(
     kill: tuple[int, int] | None = None,
     full: tuple[int, tuple[str, ...]] | None = None,
+    bug: tuple[int, tuple[str, ...]] | None = None,
+    stale: int | None = None,
     slow: tuple[int, float] | None = None,
     shell: str | None = None,
     program: str = "mlomae.train:PretrainingProgram",
@@ -141,7 +146,13 @@ def _launch(
         if kill is not None and kill[0] == rank:
             stack.enter_context(_sigterm_in_cycle(kill[1]))
         if full is not None and full[0] == rank:
-            stack.enter_context(_no_space_for(full[1]))
+            no_space = OSError(errno.ENOSPC, "No space left on device")
+            stack.enter_context(_no_write_of(full[1], no_space))
+        if bug is not None and bug[0] == rank:
+            stack.enter_context(_no_write_of(bug[1], ValueError("odd")))
+        if stale == rank:
+            error = OSError(errno.ESTALE, "Stale file handle")
+            stack.enter_context(mock.patch("mlomae._checkpoint_choice.checksum", side_effect=error))
         if slow is not None and slow[0] == rank:
             stack.enter_context(_slow_disk(slow[1]))
         code = launch(chosen, **arguments)
@@ -163,12 +174,12 @@ def _sigterm_in_cycle(cycle: int) -> Any:
     return mock.patch.object(Task, "draw", draw_and_die)
 
 
-def _no_space_for(texts: tuple[str, ...]) -> Any:
+def _no_write_of(texts: tuple[str, ...], error: Exception) -> Any:
     from mlomae.weights import save_tensors
 
     def save_or_fail(tensors: Any, file: Path) -> None:
         if all(text in str(file) for text in texts):
-            raise OSError(28, "No space left on device")
+            raise error
         save_tensors(tensors, file)
 
     return mock.patch("mlomae._checkpoint_writer.save_tensors", save_or_fail)

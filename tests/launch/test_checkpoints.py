@@ -50,6 +50,8 @@ def outcomes(setup: Setup, small_disk: tuple[Path, str]) -> dict[str, list[tuple
         "killed": launch("killed", EVERY_CYCLE, KEEP_ALL, resume=True, shell=killed),
         "unsaved": launch("unsaved", resume=True, shell=unsaved),
         "same step": launch("kept", resume=True),
+        "bug": launch("bug", EVERY_CYCLE, "checkpoint.keep=1", bug=(1, ("_00000006", "shards_"))),
+        "stale": launch("bug", EVERY_CYCLE, "checkpoint.keep=1", stale=1, resume=True),
         "spaced": launch("spaced", EVERY_CYCLE, "checkpoint.keep=1", "checkpoint.keep_every=2"),
         "beside": launch("beside", EVERY_CYCLE, KEEP_ALL, slow=(1, 0.5)),
         "waited for": launch(
@@ -85,6 +87,23 @@ def test_the_newest_two_are_kept(outcomes: Any, setup: Setup) -> None:
     complete = [name for name in checkpoints(run) if not name.endswith(".tmp")]
     assert complete == ["latest", "step_00000006", "step_00000008"]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000008"
+
+
+def test_no_checkpoint_is_complete_without_the_files_of_all_ranks(
+    outcomes: Any, setup: Setup
+) -> None:
+    """Whatever kept one from writing; the one before it stays, though only one is kept."""
+    assert codes(outcomes["bug"]) == [2, 2]
+    for _, stderr in outcomes["bug"]:
+        assert "step_00000006 could not be written (rank 1: odd)" in stderr.splitlines()[-1]
+
+
+def test_what_one_rank_cannot_read_is_not_set_aside(outcomes: Any, setup: Setup) -> None:
+    assert codes(outcomes["stale"]) == [2, 2]
+    for _, stderr in outcomes["stale"]:
+        error = stderr.splitlines()[-1]
+        assert "rank 1 on " in error and "(Stale file handle): mend" in error
+    assert checkpoints(setup.folder / "bug") == ["latest", "step_00000004"]
 
 
 def test_each_second_one_stays_for_good(outcomes: Any, setup: Setup) -> None:

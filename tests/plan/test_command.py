@@ -222,3 +222,15 @@ def test_changes_of_a_plan_keep_the_rest():
     assert changed.recipe.model == plan.recipe.model
     assert plan.with_zero("stage", 3).config["zero_optimization"]["reduce_bucket_size"] == 1000
     assert plan.config["zero_optimization"]["stage"] == 1
+
+
+def test_a_model_with_weights_of_its_own_is_planned_at_stage_3():
+    """Trained positions lie in no layer; they are freed after a forward pass, and come back."""
+    zero = {"stage3_param_persistence_threshold": 10, "stage3_max_reuse_distance": 0}
+    positions = {**MODEL, "trainable_positions": True}
+    cycles = [
+        simulate(recipe("mlo_mae", model=positions), config(3, **more), world_size=2)
+        for more in (zero, {})
+    ]
+    assert cycles[0].flops == cycles[1].flops
+    assert cycles[0].fullest.total < cycles[1].fullest.total
