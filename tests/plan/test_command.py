@@ -226,7 +226,11 @@ def test_changes_of_a_plan_keep_the_rest():
 
 def test_a_model_with_weights_of_its_own_is_planned_at_stage_3():
     """Trained positions lie in no layer; they are freed after a forward pass, and come back."""
-    zero = {"stage3_param_persistence_threshold": 10, "stage3_max_reuse_distance": 0}
+    zero = {
+        "stage3_param_persistence_threshold": 10,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
     positions = {**MODEL, "trainable_positions": True}
     cycles = [
         simulate(recipe("mlo_mae", model=positions), config(3, **more), world_size=2)
