@@ -177,16 +177,29 @@ def _reading(checkpoint: Path, name: str) -> Iterator[None]:
 
 
 def _set_aside(problems: Mapping[Path, str], chosen: Path) -> None:
-    """Say what is skipped, and free its name for the run that will come there once more."""
+    """Say what is skipped, and free its name for the run that will come there once more.
+
+    Raises:
+        UserError: the folder lacks rights or space, on all ranks.
+    """
+    refusal: list[str | None] = [None]
     if dist.get_rank() == 0 and problems:
-        for checkpoint, problem in problems.items():
-            other = next(path for path in _names(checkpoint) if not path.exists())
-            checkpoint.rename(other)
-            logger.warning(
-                "skipped %s: damaged (%s); it is now called %s", checkpoint, problem, other.name
-            )
-        point_to(chosen)
-    dist.barrier()
+        try:
+            point_to(chosen)
+            for checkpoint, problem in problems.items():
+                other = next(path for path in _names(checkpoint) if not path.exists())
+                checkpoint.rename(other)
+                logger.warning(
+                    "skipped %s: damaged (%s); it is now called %s", checkpoint, problem, other.name
+                )
+        except OSError as error:
+            refusal = [
+                f"a damaged checkpoint in {chosen.parent} cannot be renamed ({error.strerror}): "
+                "mend rights or space of the folder"
+            ]
+    dist.broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise UserError(refusal[0])
 
 
 def _names(checkpoint: Path) -> Iterator[Path]:

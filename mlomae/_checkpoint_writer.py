@@ -94,7 +94,7 @@ class Saving:
         """Remove what was cut short, and begin."""
         for leftover in self.partial.parent.glob("step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)  # a reader on NFS may hold a file of it
-        self.partial.mkdir(parents=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
 
     def _write(self) -> None:
         for name, content in self._files.items():

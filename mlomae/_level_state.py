@@ -103,7 +103,7 @@ def restore(
         filled.check({MASTER, *vectors})
         _give_memory(partition, memory, filled)
         _restore_whole(level, files[0])
-    except (OSError, SafetensorError, ValueError, LookupError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
         problem = f"rank {own}: {error}"
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)  # one that raised at once would leave the others

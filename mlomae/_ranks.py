@@ -72,6 +72,9 @@ def _join(backend: str, timeout: timedelta | None) -> None:
     store = meet()
     try:
         deepspeed.init_distributed(backend, timeout=timedelta(seconds=MEETING_TIMEOUT))
+        # ZeRO's collectives run in a group of DeepSpeed's own, which takes torch's default else.
+        for group in (dist.group.WORLD, groups._clone_world_group()):
+            dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout, group)
     except ModuleNotFoundError as error:
         if error.name != "mpi4py":
             raise
@@ -81,13 +84,10 @@ def _join(backend: str, timeout: timedelta | None) -> None:
         ) from None
     except DistError as error:
         raise UserError(
-            f"a rank has ended while all joined ({' '.join(str(error).split())[:100]}): look at "
-            "the logs of all hosts"
+            f"the ranks could not join ({' '.join(str(error).split())[-300:]}): look at the logs "
+            "of all hosts"
         ) from None
     del store  # torch's own is open now
-    # ZeRO's collectives run in a group of DeepSpeed's own, which takes torch's default else.
-    for group in (dist.group.WORLD, groups._clone_world_group()):
-        dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout, group)
 
 
 def set_up_logging() -> None:

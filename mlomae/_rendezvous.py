@@ -39,14 +39,15 @@ def meet(timeout: float = MEETING_TIMEOUT) -> Store | None:
     store = _open(rank, timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # their store outlives the ranks
     names = PrefixStore(f"meeting/{attempt}", store)
-    if names.add(f"came/{rank}", 1) > 1:
-        raise UserError(
-            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} serves another "
-            "launch: give the launcher another --master_port"
-        )
-    names.set(str(rank), socket.gethostname())
     keys = [str(number) for number in range(world_size)]
     try:
+        if names.add(f"came/{rank}", 1) > 1:
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} serves another "
+                "launch: give the launcher another --master_port (under torchrun: end it on all "
+                "nodes, and launch again)"
+            )
+        names.set(str(rank), socket.gethostname())
         while not names.check(keys):
             if time.monotonic() > deadline:
                 raise UserError(_who_is_missing(names, keys, timeout))

@@ -61,7 +61,7 @@ class Progress:
     Attributes:
         cycle: cycles finished.
         seconds: training time so far, over all launches.
-        evaluated: the last cycle after which pictures and evaluations were due and done.
+        evaluated: the last cycle after which such pictures and evaluations as were due are done.
     """
 
     cycle: int = 0
@@ -140,10 +140,13 @@ def load(checkpoint: Path, task: "Task", recipe: RunRecipe) -> Progress:
         own = _read_own(checkpoint, num_writers)
         task.load_state(_read(checkpoint / _SHARED_FILE), own)
         _restore_random_state(checkpoint, num_writers, hashed(recipe.seed, progress.cycle))
+    except UserError:
+        raise
     except (Damaged, SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{checkpoint} cannot be read ({reason}): remove it to continue from the one before it"
+            f"{checkpoint} cannot be read ({reason}): launch again; if it stays so, remove it to "
+            "continue from the one before it"
         ) from None
     logger.info("resumed from %s", checkpoint)
     if num_writers != dist.get_world_size():

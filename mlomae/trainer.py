@@ -95,7 +95,7 @@ class Trainer:
                 self._finish_saving()
                 raise Stopped(stop)
             if not is_last:
-                self._look(monitor)  # after the save, which it would else put at risk
+                self._look(monitor)
         if not is_saved:
             self._save()
         self._finish_saving()
@@ -105,6 +105,8 @@ class Trainer:
         progress, own = self.progress, self.recipe.monitor
         if progress.evaluated == progress.cycle:
             return
+        if self._is_due(own.picture_interval_epochs) or self._is_due(own.eval_interval_epochs):
+            self._finish_saving()  # complete before what may take long, or fail
         if self._is_due(own.picture_interval_epochs):
             self._picture(monitor)
         if self._is_due(own.eval_interval_epochs):

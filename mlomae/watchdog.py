@@ -1,7 +1,7 @@
 """Hangs, reported with the rank that hangs.
 
 Code that makes progress says so with `mark`. When no rank of the launch has marked anything for
-`timeout` seconds, one rank says in a sentence which rank hangs and where, that one and rank 0 print
+`timeout` seconds, one rank says in a sentence which ranks hang and where, those and rank 0 print
 their stacks, and all end with exit code 75 (EX_TEMPFAIL): launch again with `--resume`.
 
 The ranks exchange signs through a connection of their own to the store of the process group, a few
@@ -120,7 +120,8 @@ class _Watchdog:
             try:
                 self._exchange_signs()
             except RuntimeError:  # the connection is lost, or the store's host is gone, which
-                self._has_left.wait(self._interval)  # `_watch` says when the time is over
+                if self._has_left.wait(self._interval):  # `_watch` says when the time is over
+                    return
                 with suppress(RuntimeError):
                     self._store = _connect()
 

@@ -8,6 +8,7 @@ import faulthandler
 import importlib
 import multiprocessing
 import os
+import random
 import socket
 import sys
 from functools import cache
@@ -37,6 +38,21 @@ def warm_context() -> Any:
     return context
 
 
+def free_port() -> int:
+    """A port that nobody listens at, below those that the system gives to connections.
+
+    One of the system's could be taken again before a launch has come so far as to listen.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError:
+                continue
+
+
 def run_ranks(
     function: str, world_size: int, folder: Path, *, timeout: float = 240, **arguments: Any
 ) -> list[Any]:
@@ -53,9 +69,7 @@ def run_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(arguments, folder / "arguments.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(world_size):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}

@@ -6,7 +6,7 @@ import pytest
 
 from mlomae import _rendezvous
 from mlomae.errors import UserError
-from tests.test_watchdog import free_port
+from tests.ranks import free_port
 
 
 @pytest.fixture

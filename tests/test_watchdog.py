@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import free_port
+
 ROOT = Path(__file__).resolve().parents[1]
 WORLD_SIZE, TIMEOUT = 3, 3.0
 LIMIT = 60  # seconds until whatever still lives is killed
@@ -110,12 +112,6 @@ def _fork(case: str, rank: int, port: int, folder: Path) -> int:
     os.dup2(log, 2)
     _rank(case, rank, port)
     sys.exit()  # as a program ends: a thread that blocks the exit would be seen
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _main(folder: Path) -> None:
@@ -224,7 +220,7 @@ def test_the_stack_of_a_rank_that_sleeps_is_printed(launches: Launches, rank: in
 def test_a_rank_that_is_stopped_is_named(launches: Launches):
     assert launches.codes["rank 1 stops"] == [75, -signal.SIGKILL, 75]
     told = (
-        rf"rank 1 on {HOST} has given no sign for [3-9] s \(last seen in `[a-z 2]*`\), and ranks "
+        rf"rank 1 on {HOST} has given no sign for [3-9] s \(last seen in `[a-z 0-9]*`\), and ranks "
         r"0, 2 wait in all_reduce \(`pretrain step 2`\)"
     )
     assert re.fullmatch(told + MEND, launches.sentence("rank 1 stops"))

@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from tests.faults import befall
-from tests.ranks import ENVIRONMENT
+from tests.ranks import ENVIRONMENT, free_port
 
 TIMEOUT = 90.0  # seconds for a launch; a busy machine takes its time
 POLL = 1.0  # seconds until DeepSpeed's launcher notices that a rank has failed
@@ -116,9 +115,7 @@ def launched(
         folder: for the logs.
         faults: by rank, what befalls it: functions of `tests.faults.befall` and their arguments.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     number = len(list(folder.glob("log*_0.txt")))
     logs = [folder / f"log{number}_{rank}.txt" for rank in range(num_ranks)]
     processes = []

@@ -52,7 +52,7 @@ def kill(runs: Runs, run: str, stage: int, rank: int, fault: Fault, *overrides: 
         assert launch.finish()[rank] == -signal.SIGKILL, (fault, launch.output)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_kills_in_steps_change_no_bit(runs: Runs, stage: int) -> None:
     run = f"steps{stage}"
     for num_saved, (rank, name, place, call) in enumerate(STEPS, 1):

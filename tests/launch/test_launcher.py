@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from data_ffcv.convert import convert
 from mlomae.recipe import load_recipe
 from mlomae.weights import load_masking_network, load_model
 from tests.launch.runs import Setup, checkpoints, records, tree
+from tests.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RANKS = 2
@@ -74,9 +74,7 @@ class Command:
 @contextmanager
 def deepspeed(setup: Setup, *arguments: str) -> Iterator[Command]:
     """`deepspeed --num_gpus 2 launch/pretrain.py` on CPU, killed at the end if need be."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = setup.folder / f"log{len(list(setup.folder.glob('log*')))}.txt"
     launcher = ["--num_gpus", str(NUM_RANKS), "--master_port", str(port)]
     config = str(ROOT / "ds_configs" / "cpu_zero2_fp32.json")

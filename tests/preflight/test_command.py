@@ -16,7 +16,7 @@ import yaml
 
 from mlomae.__main__ import COMMANDS
 from mlomae.preflight.checks import CHECKS
-from tests.ranks import ROOT
+from tests.ranks import ROOT, free_port
 
 SSH = """#!/bin/bash
 name="${@: -2:1}" command="${@: -1}" edit=
@@ -136,12 +136,6 @@ def launch(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return code, *capsys.readouterr()
 
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def hostfile(place: Path, *names: str) -> str:
