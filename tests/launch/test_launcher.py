@@ -229,6 +229,8 @@ def test_a_corrupt_image_under_one_rank_is_named(setup: Setup, png_folder: Path)
     with deepspeed(setup, f"data.train={path}") as command:
         assert command.wait() != 0
         errors = re.findall("^error: .*", command.output, re.MULTILINE)
+    # On a busy machine the others may speak before the launcher has ended them.
+    errors = [error for error in errors if "has lost another rank" not in error]
     assert errors, command.output
     for error in errors:
         assert re.search(rf"{path}: the JPEG data of sample \d+ is corrupt", error)
