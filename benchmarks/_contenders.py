@@ -52,8 +52,8 @@ def library(
 
     def contender(problem: Problem) -> Cycle:
         # Here, so that no other contender carries DeepSpeed in its memory.
-        from mlomae.masks import MaskedBatch
-        from mlomae.mlo_mae import LEVELS, FrozenReconstruction
+        from mlomae.pretraining.masks import MaskedBatch
+        from mlomae.pretraining.mlo_mae import LEVELS, FrozenReconstruction
 
         networks = {
             "pretrain": (problem.autoencoder, problem.autoencoder_optimizer),

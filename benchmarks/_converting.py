@@ -23,7 +23,7 @@ def convert_by_ffcv(form: str, source: Path, out: Path, mode: str, num_workers: 
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    from data_ffcv._torchvision import mend_torchvision
+    from data_ffcv.sources.torchvision_import import mend_torchvision
 
     mend_torchvision()
     from torchvision.datasets import ImageFolder

@@ -55,9 +55,9 @@ def _import(contender: Contender) -> None:
         import ffcv.loader
         import ffcv.transforms  # noqa: F401
     else:
-        import data_ffcv._decoder
-        import data_ffcv._ffcv
-        import data_ffcv.loader  # noqa: F401
+        import data_ffcv.pixels.decoder
+        import data_ffcv.streams.ffcv_backend
+        import data_ffcv.streams.loader  # noqa: F401
 
 
 class Growth(NamedTuple):

@@ -98,7 +98,7 @@ def _ours(
         )
     # Without a scaling a stream on the CPU hands out the bytes it would have normalised.
     as_bytes = mock.patch.multiple(
-        "data_ffcv._pipeline",
+        "data_ffcv.streams.pipeline",
         to_scaling=lambda mean, std: None,
         move_scaling=lambda scaling, device: None,
     )
@@ -137,7 +137,7 @@ def build_ffcv_loader(
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
 
-    from data_ffcv._format import read_layout
+    from data_ffcv.beton.layout import read_layout
 
     num_in_file = read_layout(path).num_samples
     return Loader(
@@ -198,7 +198,7 @@ def _webdataset(
 
 
 def _transform(contender: Contender) -> Any:
-    from data_ffcv._torchvision import mend_torchvision
+    from data_ffcv.sources.torchvision_import import mend_torchvision
 
     mend_torchvision()
     from torchvision import transforms

@@ -42,12 +42,12 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from mlomae._ranks import set_up_logging, start_ranks  # noqa: E402
-from mlomae.mae import Mae  # noqa: E402
-from mlomae.mlo_mae import MloMae  # noqa: E402
-from mlomae.program import Job  # noqa: E402
-from mlomae.recipe import Recipe  # noqa: E402
-from mlomae.train import build_levels, build_method  # noqa: E402
+from mlomae.distributed.start import set_up_logging, start_ranks  # noqa: E402
+from mlomae.pretraining.mae import Mae  # noqa: E402
+from mlomae.pretraining.mlo_mae import MloMae  # noqa: E402
+from mlomae.pretraining.program import build_levels, build_method  # noqa: E402
+from mlomae.pretraining.recipe import Recipe  # noqa: E402
+from mlomae.training.program import Job  # noqa: E402
 
 NUM_CYCLES = 2  # the first one makes the optimizers' states
 

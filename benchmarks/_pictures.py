@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_ffcv._format import (
+from data_ffcv.beton.layout import (
     ALLOCATION,
     FIELD,
     HEADER,

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from _about import HERE
 
 from data_ffcv import inspect_beton
-from mlomae import train
-from mlomae._ranks import set_up_logging, start_ranks
-from mlomae.pretraining import Pretraining
-from mlomae.program import make_job
+from mlomae.distributed.start import set_up_logging, start_ranks
+from mlomae.pretraining.task import Pretraining
+from mlomae.pretraining.task import program as train
+from mlomae.training.program import make_job
 
 ROOT = HERE.parent
 _NUM_AHEAD = 4  # cycles: more than a stream's batches that are loaded ahead

@@ -15,7 +15,7 @@ import torch
 from _about import HERE, about, save, table
 from _measure import seconds_of
 
-from mlomae._gradcheck_memory import PeakMemory
+from mlomae.commands.gradcheck.memory import PeakMemory
 from mlomae.errors import UserError
 from mlomae.models.attention import BACKENDS, attention, check_backend
 

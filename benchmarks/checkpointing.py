@@ -24,13 +24,14 @@ import torch
 from _about import HERE, about, save, table
 from torch import Tensor
 
-from mlomae._ranks import start_ranks
 from mlomae.checkpoint import Progress, finish_saving, start_saving
-from mlomae.deepspeed_config import load_deepspeed_config
-from mlomae.pretraining import Pretraining
-from mlomae.program import Job
-from mlomae.recipe import Recipe, load_recipe
-from mlomae.train import build_levels, build_method
+from mlomae.distributed.start import start_ranks
+from mlomae.pretraining.program import build_levels, build_method
+from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.task import Pretraining
+from mlomae.recipe import load_recipe
+from mlomae.training.deepspeed_config import load_deepspeed_config
+from mlomae.training.program import Job
 
 KINDS = ("none", "waited for", "beside")
 
@@ -92,9 +93,9 @@ def _arguments() -> argparse.Namespace:
 
 def _build(arguments: argparse.Namespace) -> tuple[Recipe, Synthetic]:
     names = ["pretrain", "classifier", "mask"]
-    first = load_recipe(arguments.recipe)
+    first = load_recipe(arguments.recipe, Recipe)
     overrides = [f"{n}.batch_size={arguments.batch_size}" for n in names if n in first.levels]
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = load_recipe(arguments.recipe, Recipe, overrides)
     config = load_deepspeed_config(arguments.deepspeed_config)
     job = Job(recipe, config, arguments.recipe, arguments.deepspeed_config)
     levels = build_levels(job, num_cycles=10_000)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from _about import HERE, about, save, table
 
-from eval._store import CHUNK_SIZE, Features, FeatureStore
-from eval.features import EncodedSets, LabelledFeatures
+from eval.frozen.features import EncodedSets, LabelledFeatures
+from eval.frozen.store import CHUNK_SIZE, Features, FeatureStore
 from eval.knn import KnnSettings, evaluate
 
 NUM_CLASSES = 1000

@@ -18,8 +18,8 @@ from typing import Any
 
 from _about import HERE, about, save, table
 
-from mlomae.plan.cycle import Cycle, simulate
-from mlomae.recipe import Recipe
+from mlomae.commands.plan.cycle import Cycle, simulate
+from mlomae.pretraining.recipe import Recipe
 
 ROOT = HERE.parent
 METHODS = ("mae", "mlo_mae")

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 from _about import HERE, table
 
-from mlomae.deepspeed_config import compute_dtype, load_deepspeed_config
-from mlomae.plan.advice import Plan
-from mlomae.plan.command import RESERVE
-from mlomae.plan.cycle import Cycle
-from mlomae.plan.hardware import GB, GPUS
-from mlomae.plan.speed import Cluster, Speed, expected_speed
+from mlomae.commands.plan.advice import Plan
+from mlomae.commands.plan.command import RESERVE
+from mlomae.commands.plan.cycle import Cycle
+from mlomae.commands.plan.hardware import GB, GPUS
+from mlomae.commands.plan.speed import Cluster, Speed, expected_speed
+from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import load_recipe
+from mlomae.training.deepspeed_config import compute_dtype, load_deepspeed_config
 
 ROOT = HERE.parent
 MODELS = {"base_patch16": "zero1", "large_patch16": "zero1", "huge_patch14": "zero2"}
@@ -55,7 +56,7 @@ def _rows(kind: str) -> Iterator[list[str]]:
 
 def _plan(model: str, config: str, nodes: int, batch_size: int) -> tuple[Cycle, list[Speed]]:
     overrides = [f"{level}.batch_size={batch_size}" for level in LEVELS]
-    recipe = load_recipe(f"mlo_mae_vit_{model}_imagenet", overrides)
+    recipe = load_recipe(f"mlo_mae_vit_{model}_imagenet", Recipe, overrides)
     deepspeed_config = load_deepspeed_config(ROOT / "ds_configs" / f"{config}_bf16.json")
     clusters = [
         Cluster(GPUS["a100-80gb"], nodes, PER_NODE, UTILIZATION, bandwidth * GB)

@@ -36,15 +36,15 @@ from _plain_mae import PlainLoop
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlomae._gradcheck_memory import PeakMemory
-from mlomae._ranks import start_ranks
-from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_config
+from mlomae.commands.gradcheck.memory import PeakMemory
+from mlomae.distributed.start import start_ranks
 from mlomae.errors import UserError
 from mlomae.models import MaskedAutoencoder
 from mlomae.models.attention import check_backend
-from mlomae.program import Job
-from mlomae.recipe import Recipe
-from mlomae.train import build_levels, build_method
+from mlomae.pretraining.program import build_levels, build_method
+from mlomae.pretraining.recipe import Recipe
+from mlomae.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
+from mlomae.training.program import Job
 
 PEAK_TFLOPS = {  # dense bfloat16, as the vendor states it; the first name that fits counts
     "B200": 2250.0,

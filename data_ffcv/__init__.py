@@ -4,14 +4,14 @@ Importing this package imports neither FFCV nor numba; both are loaded when the 
 is opened.
 """
 
-from data_ffcv._pipeline import choose_backend
-from data_ffcv.augment import Augmentation
-from data_ffcv.beton import BetonInfo, inspect_beton
+from data_ffcv.beton.info import BetonInfo, inspect_beton
 from data_ffcv.errors import DataError
-from data_ffcv.folder import FolderInfo, ImagesInfo, inspect_images
-from data_ffcv.loader import EvalLoader, Stream, open_eval_loader, open_stream
+from data_ffcv.pixels.augmentation import Augmentation
+from data_ffcv.sources.folder_info import FolderInfo, ImagesInfo, inspect_images
 from data_ffcv.splits import shard_indices, split_by_class
-from data_ffcv.whole import WholeImages
+from data_ffcv.streams.loader import EvalLoader, Stream, open_eval_loader, open_stream
+from data_ffcv.streams.pipeline import choose_backend
+from data_ffcv.streams.whole import WholeImages
 
 __all__ = [
     "Augmentation",

@@ -23,12 +23,12 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_ffcv._choice import choose_samples
-from data_ffcv._encoding import WRITE_MODES, Encoding, WriteMode, require
-from data_ffcv._format import compute_checksums, read_layout
-from data_ffcv._staging import Staging, check_outs, explain_errors, report_path
-from data_ffcv._writer import Written, write_beton
-from data_ffcv.beton import BetonInfo, inspect_beton, side_path
+from data_ffcv.beton.info import BetonInfo, inspect_beton, side_path
+from data_ffcv.beton.layout import compute_checksums, read_layout
+from data_ffcv.conversion.choice import choose_samples
+from data_ffcv.conversion.encoding import WRITE_MODES, Encoding, WriteMode, require
+from data_ffcv.conversion.staging import Staging, check_outs, explain_errors, report_path
+from data_ffcv.conversion.writer import Written, write_beton
 from data_ffcv.errors import DataError
 from data_ffcv.sources import FORMATS, default_part, open_source
 

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from data_ffcv._contact_sheet import check_target, write_sheet
-from data_ffcv._format import IGNORED, JPG
-from data_ffcv._images import BetonImages
-from data_ffcv._verify import Finding, find_gaps, read_mask, verify
-from data_ffcv.beton import BetonInfo, inspect_beton, side_path
+from data_ffcv.beton.contact_sheet import check_target, write_sheet
+from data_ffcv.beton.images import BetonImages
+from data_ffcv.beton.info import BetonInfo, inspect_beton, side_path
+from data_ffcv.beton.layout import IGNORED, JPG
+from data_ffcv.beton.verify import Finding, find_gaps, read_mask, verify
 from data_ffcv.errors import DataError
 
 __all__ = ["Finding", "verify"]

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_ffcv import split_by_class
-from eval import _flags, cli
-from eval._processes import rank
-from eval.features import EncodedSets, ImageSets
+from eval.frozen import cli
+from eval.frozen import flags as _flags
+from eval.frozen.features import EncodedSets, ImageSets
+from eval.frozen.processes import rank
 from mlomae.errors import UserError
 
 _HELD_OUT_RATIO = 0.1

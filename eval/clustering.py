@@ -24,11 +24,12 @@ from sklearn.metrics import (
 )
 from sklearn.metrics.cluster import contingency_matrix
 
-from eval import _flags, cli
-from eval._kmeans import kmeans
-from eval._preprocess import Standardizer
-from eval._processes import rank, sum_over_ranks, tracked, world_size
-from eval.features import ImageSet, LabelledFeatures
+from eval.frozen import cli
+from eval.frozen import flags as _flags
+from eval.frozen.features import ImageSet, LabelledFeatures
+from eval.frozen.kmeans import kmeans
+from eval.frozen.preprocess import Standardizer
+from eval.frozen.processes import rank, sum_over_ranks, tracked, world_size
 from mlomae.errors import UserError
 
 METRICS = ("accuracy", "nmi", "ami", "ari")

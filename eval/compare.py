@@ -16,10 +16,13 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from eval import _flags, _result, cached_probe, cli, knn
-from eval._processes import rank
-from eval.encoders import Encoder, of_run
-from eval.features import ImageSets
+from eval import cached_probe, knn
+from eval.frozen import cli
+from eval.frozen import flags as _flags
+from eval.frozen import result as _result
+from eval.frozen.encoders import Encoder, of_run
+from eval.frozen.features import ImageSets
+from eval.frozen.processes import rank
 from mlomae.errors import UserError
 
 

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import _flags, cli
-from eval._preprocess import Standardizer
-from eval._processes import rank, sum_over_ranks, world_size
-from eval.features import EncodedSets, ImageSets
+from eval.frozen import cli
+from eval.frozen import flags as _flags
+from eval.frozen.features import EncodedSets, ImageSets
+from eval.frozen.preprocess import Standardizer
+from eval.frozen.processes import rank, sum_over_ranks, world_size
 from mlomae.errors import UserError
 
 Weighting = Literal["exponential", "uniform"]

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import _flags, cli
-from eval._preprocess import centre_rows
-from eval._processes import rank, sum_over_ranks, tracked, world_size
-from eval._regression import fit_regression
-from eval._splits import draw_fraction, draw_per_class, read_lists
-from eval.features import EncodedSets, ImageSets, LabelledFeatures
+from eval.frozen import cli
+from eval.frozen import flags as _flags
+from eval.frozen.features import EncodedSets, ImageSets, LabelledFeatures
+from eval.frozen.preprocess import centre_rows
+from eval.frozen.processes import rank, sum_over_ranks, tracked, world_size
+from eval.frozen.regression import fit_regression
+from eval.frozen.splits import draw_fraction, draw_per_class, read_lists
 from mlomae.errors import UserError
 
 _PROTOCOL = """

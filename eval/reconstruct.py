@@ -19,18 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval import _flags, cli
-from eval._processes import rank, sum_over_ranks, tracked, world_size
-from eval.encoders import PRETRAINING, Encoder
-from eval.features import BATCH_SIZE, ImageSet
+from eval.frozen import cli
+from eval.frozen import flags as _flags
+from eval.frozen.encoders import PRETRAINING, Encoder
+from eval.frozen.features import BATCH_SIZE, ImageSet
+from eval.frozen.processes import rank, sum_over_ranks, tracked, world_size
+from mlomae.checkpoint.folders import MASKING_FILE, RECIPE_FILE
 from mlomae.errors import UserError
-from mlomae.masks import MaskSchedule
 from mlomae.models import MaskedAutoencoder, Scorer, random_scores
 from mlomae.models.mae import num_kept
-from mlomae.pictures import mask_picture, save_picture
+from mlomae.pretraining.masks import MaskSchedule
+from mlomae.pretraining.networks import load_masking_network
+from mlomae.pretraining.pictures import mask_picture
+from mlomae.pretraining.recipe import Recipe
 from mlomae.randomness import hashed
 from mlomae.recipe import load_recipe
-from mlomae.weights import MASKING_FILE, RECIPE_FILE, load_masking_network
+from mlomae.training.monitor import save_picture
 
 _PROTOCOL = """
 Un-augmented images, `mask_ratio` of their patches hidden: `random` are uniform random masks of a
@@ -172,7 +176,7 @@ def _masking_of(encoder: Encoder) -> tuple[nn.Module | None, float | None]:
     if "checkpoint" not in source or source["untrained"] or encoder.name not in PRETRAINING:
         return None, None
     checkpoint = Path(source["checkpoint"])
-    ratio = MaskSchedule.of(load_recipe(checkpoint / RECIPE_FILE), 1).mask_ratio[1]
+    ratio = MaskSchedule.of(load_recipe(checkpoint / RECIPE_FILE, Recipe), 1).mask_ratio[1]
     has_network = (checkpoint / MASKING_FILE).is_file()
     return load_masking_network(checkpoint) if has_network else None, ratio
 

@@ -6,8 +6,8 @@
 
 import sys
 
-from mlomae.program import run_program
-from mlomae.train import PretrainingProgram
+from mlomae.pretraining.program import PretrainingProgram
+from mlomae.training.command_line import run_program
 
 if __name__ == "__main__":
     sys.exit(run_program(PretrainingProgram(), __doc__))

@@ -46,4 +46,4 @@ fi
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 setup_machine
 cd -- "$MLOMAE_ROOT"
-exec python -m mlomae.quickstart --output "$output" "${data[@]}"
+exec python -m mlomae quickstart --output "$output" "${data[@]}"

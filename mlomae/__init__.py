@@ -1,6 +1,6 @@
 """Masked autoencoders whose masks are learned from a downstream task, on DeepSpeed engines."""
 
-from data_ffcv._torchvision import mend_torchvision
+from data_ffcv.sources.torchvision_import import mend_torchvision
 
 __version__ = "0.1.0"
 

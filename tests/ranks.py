@@ -97,7 +97,7 @@ def _rank(environment: dict[str, str], function: str, folder: Path, timeout: flo
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
-    from mlomae._ranks import start_ranks
+    from mlomae.distributed.start import start_ranks
 
     start_ranks()
     module, name = function.split(":")

@@ -84,9 +84,9 @@ def test_dependencies_point_one_way():
         ("mlomae/hypergrad/level.py", "from .. import errors"),
         ("mlomae/models/mae.py", "def build():\n    import deepspeed"),
         ("mlomae/models/__init__.py", "from mlomae import trainer"),
-        ("mlomae/trainer.py", "from eval.knn import evaluate"),
-        ("mlomae/trainer.py", "from tests import helpers"),
-        ("data_ffcv/loader.py", "from mlomae.errors import UserError"),
+        ("mlomae/training/trainer.py", "from eval.knn import evaluate"),
+        ("mlomae/training/trainer.py", "from tests import helpers"),
+        ("data_ffcv/streams/loader.py", "from mlomae.errors import UserError"),
         ("eval/knn.py", "import launch.pretrain"),
     ],
 )

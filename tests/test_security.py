@@ -1,7 +1,7 @@
 """Nothing that comes from outside is executed: attacks, and a walk through all sources.
 
 The parsers have attacks of their own in `tests/foreign/test_files.py` and
-`tests/data/sources/test_arrays.py`; these come in by the commands.
+`tests/data_ffcv/sources/test_arrays.py`; these come in by the commands.
 """
 
 import ast
@@ -22,11 +22,13 @@ from PIL import Image
 from data_ffcv import convert as conversion
 from data_ffcv.convert import convert
 from eval import knn
-from mlomae import program, train
 from mlomae.errors import UserError
+from mlomae.pretraining import program as train
+from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import load_recipe
-from tests.launch.runs import NUM_CLASSES, NUM_IMAGES, Setup
+from mlomae.training import program
 from tests.ranks import run_ranks
+from tests.runs import NUM_CLASSES, NUM_IMAGES, Setup
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("mlomae", "data_ffcv", "eval", "launch", "benchmarks", "examples")
@@ -118,14 +120,14 @@ def test_a_recipe_with_code_is_refused(tmp_path: Path, marker: Path, tag: str):
     file = tmp_path / "recipe.yaml"
     file.write_text(f"method: mae\noutput_dir: !!python/{tag} [{marker}]\n")
     with pytest.raises(UserError, match=r"recipe\.yaml"):
-        load_recipe(str(file), ())
+        load_recipe(str(file), Recipe)
 
 
 @pytest.mark.usefixtures("marker")
 def test_an_override_with_code_is_refused(setup: Setup, tmp_path: Path):
     override = f"output_dir=!!python/object/apply:os.mkdir [{tmp_path / 'marker'}]"
     with pytest.raises(UserError, match="output_dir"):
-        load_recipe(setup.recipes["mae"], (override,))
+        load_recipe(setup.recipes["mae"], Recipe, (override,))
 
 
 def _plant(checkpoint: Path, marker: Path) -> None:
@@ -151,7 +153,7 @@ def _plant(checkpoint: Path, marker: Path) -> None:
 
 def run_and_resume_planted(launch: dict[str, Any], checkpoints: Path, marker: Path) -> Any:
     """A run, and its resumption after an attack was planted; for one rank."""
-    from tests.launch.runs import drive
+    from tests.runs import drive
 
     first = drive([launch])
     assert first[0][0] == 0, first
@@ -176,7 +178,7 @@ def test_a_checkpoint_with_code_is_refused(setup: Setup, marker: Path, tmp_path:
 UNPICKLING = {"cloudpickle", "dill", "joblib", "marshal", "shelve"}
 # file: why it may import pickle
 PICKLES = {
-    "data_ffcv/sources/_cifar.py": "reads arrays with an unpickler that finds no other class",
+    "data_ffcv/sources/cifar.py": "reads arrays with an unpickler that finds no other class",
     "benchmarks/_pictures.py": "writes an archive as CIFAR's",
 }
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
@@ -262,7 +264,7 @@ def test_the_walk_sees_what_is_forbidden(source: str):
 
 
 def test_the_loader_of_recipes_is_a_safe_one():
-    text = (ROOT / "mlomae/_yaml.py").read_text()
+    text = (ROOT / "mlomae/recipe/yaml_text.py").read_text()
     assert "class _Loader(yaml.SafeLoader)" in text
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 import mlomae  # noqa: F401 - mends what timm's import of torchvision trips over
 from data_ffcv import Augmentation, open_stream
 from data_ffcv.convert import convert
-from mlomae import train  # noqa: F401
+from mlomae.pretraining import program as train  # noqa: F401
 
 
 def _load_kernels(folder: Path) -> None:

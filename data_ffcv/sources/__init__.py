@@ -8,14 +8,14 @@ source.classes[source.labels[0]]
 from pathlib import Path
 
 from data_ffcv.errors import DataError
-from data_ffcv.sources._arrays import ArraySource, open_fashion_mnist, open_idx
-from data_ffcv.sources._base import IMAGE_SUFFIXES, Sample, Source
-from data_ffcv.sources._cifar import open_cifar
-from data_ffcv.sources._folder import FolderSource, open_image_folder
-from data_ffcv.sources._huggingface import open_hugging_face
-from data_ffcv.sources._image import read_image, read_size
-from data_ffcv.sources._segmentation import open_segmentation
-from data_ffcv.sources._tars import open_tars
+from data_ffcv.sources.arrays import ArraySource, open_fashion_mnist, open_idx
+from data_ffcv.sources.base import IMAGE_SUFFIXES, Sample, Source
+from data_ffcv.sources.cifar import open_cifar
+from data_ffcv.sources.folder import FolderSource, open_image_folder
+from data_ffcv.sources.huggingface import open_hugging_face
+from data_ffcv.sources.image import read_image, read_size
+from data_ffcv.sources.segmentation import open_segmentation
+from data_ffcv.sources.tars import open_tars
 
 __all__ = [
     "FORMATS",

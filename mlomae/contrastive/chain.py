@@ -6,17 +6,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlomae._checkpoint_choice import refuse_other_recipe
-from mlomae._ranks import launched_world_size, start_ranks
-from mlomae._rendezvous import COLLECTIVE_TIMEOUT
 from mlomae.contrastive.programs import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import STEPS, MaeCtRecipe
-from mlomae.deepspeed_config import check_deepspeed_config, load_deepspeed_config
+from mlomae.distributed.rendezvous import COLLECTIVE_TIMEOUT
+from mlomae.distributed.start import launched_world_size, start_ranks
 from mlomae.errors import UserError
-from mlomae.program import Job, Program, check_job, exit_code, parse_arguments, run_job
+from mlomae.pretraining.program import PretrainingProgram
 from mlomae.recipe import load_recipe
-from mlomae.report import SUMMARY_FILE
-from mlomae.train import PretrainingProgram
+from mlomae.training.command_line import exit_code, parse_arguments
+from mlomae.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
+from mlomae.training.output_dir import refuse_other_recipe
+from mlomae.training.program import Job, Program, check_job, run_job
+from mlomae.training.report import SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def plan_steps(
         UserError: recipe and DeepSpeed config do not fit, a step was finished by another recipe, or
             what a lone step starts from is not there.
     """
-    recipe: MaeCtRecipe = load_recipe(recipe_name, overrides, MaeCtRecipe)  # type: ignore[type-var]
+    recipe: MaeCtRecipe = load_recipe(recipe_name, MaeCtRecipe, overrides)  # type: ignore[type-var]
     config = load_deepspeed_config(config_name)
     jobs = {}
     for name, run in recipe.runs().items():

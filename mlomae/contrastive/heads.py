@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mlomae.checkpoint.folders import find_checkpoint
 from mlomae.contrastive.queue import Queue
 from mlomae.contrastive.recipe import HeadRun, TuneRun
 from mlomae.errors import UserError
 from mlomae.foreign.files import read_tensors
 from mlomae.models.contrastive import NnclrHead
-from mlomae.weights import find_checkpoint
 
 HEAD_FILE = "head.safetensors"
 _QUEUE = ("queue", "queue_y", "queue_id", "queue_ptr")

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlomae.contrastive.queue import Queue
+from mlomae.distributed.collectives import gather_over_ranks, rank, world_size
 from mlomae.hypergrad.losses import Models
-from mlomae.models.contrastive import Embedded, gather_over_ranks, rank, world_size
+from mlomae.models.contrastive import Embedded
 from mlomae.models.precision import at_least_float32
 from mlomae.randomness import hashed
 

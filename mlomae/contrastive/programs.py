@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from data_ffcv import Augmentation, ImagesInfo, inspect_images
 from mlomae import checkpoint
-from mlomae.averaging import WeightAverage
 from mlomae.contrastive.encoder import (
     FrozenEncoder,
     LowerEncoder,
@@ -27,9 +26,10 @@ from mlomae.contrastive.target import TargetProjector
 from mlomae.contrastive.task import HeadTask, TuneTask
 from mlomae.errors import UserError
 from mlomae.models.contrastive import NnclrHead
-from mlomae.program import Job, Program
-from mlomae.task import count_cycles
-from mlomae.vit import build_vit, check_encoder, load_encoder
+from mlomae.training.averaging import WeightAverage
+from mlomae.training.program import Job, Program
+from mlomae.training.task import count_cycles
+from mlomae.training.vit import build_vit, check_encoder, load_encoder
 
 R = TypeVar("R", HeadRun, TuneRun)
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlomae.models.contrastive import gather_over_ranks, rank, world_size
+from mlomae.distributed.collectives import gather_over_ranks, rank, world_size
 from mlomae.randomness import hashed
 
 

@@ -13,7 +13,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from mlomae._recipe_section import FilePath, FilePaths, Names, Refusal, Section
+from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import (
     AugmentationRecipe,
     CheckpointRecipe,
@@ -23,9 +23,9 @@ from mlomae.recipe import (
     MaskingRecipe,
     ModelRecipe,
     MonitorRecipe,
-    Recipe,
     RunRecipe,
 )
+from mlomae.recipe.section import FilePath, FilePaths, Names, Refusal, Section
 
 STEPS = ("pretrain", "head", "tune")
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from data_ffcv import Augmentation, ImagesInfo
-from mlomae.averaging import WeightAverage
+from mlomae.checkpoint.folders import MODEL_FILE
 from mlomae.contrastive.heads import HEAD_FILE, part
 from mlomae.contrastive.loss import NnclrLoss, TwoViews
 from mlomae.contrastive.recipe import HeadRun, TuneRun
 from mlomae.contrastive.target import TargetProjector
-from mlomae.engines import TrainingLevel, full_weights
 from mlomae.hypergrad.partition import Vector
-from mlomae.task import Task
-from mlomae.weights import MODEL_FILE
+from mlomae.training.averaging import WeightAverage
+from mlomae.training.engines import TrainingLevel, full_weights
+from mlomae.training.task import Task
 
 LAST_FILE = "last_model.safetensors"
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mlomae.checkpoint.folders import MODEL_FILE, RECIPE_FILE, find_checkpoint
 from mlomae.errors import UserError
 from mlomae.recipe import read_values
-from mlomae.weights import MODEL_FILE, RECIPE_FILE, find_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mlomae.errors import UserError
-from mlomae.foreign._mend import mend
 from mlomae.foreign.layouts import to_timm
+from mlomae.foreign.mend import mend
 from mlomae.foreign.read import HEAD_LAYOUTS, HEADS, Weights, grid_size, read_weights
 from mlomae.models import MaskedAutoencoder
 

@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_map_only
 
 from mlomae.hypergrad.kept import KeptCalls
 from mlomae.hypergrad.losses import Loss, Models, Settings, WeightedLoss
-from mlomae.hypergrad.partition import Vector, partition_of
+from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.randomness import RandomState
 from mlomae.hypergrad.records import MicroBatch, StepRecord, recording
 from mlomae.hypergrad.twin import Twin, Weights
+from mlomae.hypergrad.zero_partitions import partition_of
 
 
 class Level:

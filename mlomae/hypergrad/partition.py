@@ -9,7 +9,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -255,21 +254,6 @@ class PlainPartition(Partition):
     def clear_gradients(self) -> None:
         for param in self.params.values():
             param.grad = None
-
-
-def partition_of(model: Any, optimizer: torch.optim.Optimizer | None) -> Partition:
-    """The partition of a plain module with its optimizer, or of a DeepSpeed engine.
-
-    Raises:
-        ValueError: the engine uses something that cannot be read exactly; names it.
-    """
-    from mlomae.hypergrad.zero_partitions import engine_partition  # it builds on this file
-
-    if optimizer is not None:
-        return PlainPartition(model, optimizer, next(model.parameters()).device)
-    if not hasattr(model, "zero_optimization_stage"):
-        raise ValueError("a plain module needs its optimizer: Level(module, optimizer, ...)")
-    return engine_partition(model)
 
 
 def view(vector: Vector, fragment: Fragment) -> Tensor:

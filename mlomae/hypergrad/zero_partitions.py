@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlomae.hypergrad.partition import Fragment, Partition, Vector, alias, view
+from mlomae.hypergrad.partition import Fragment, Partition, PlainPartition, Vector, alias, view
 
 
 class _EnginePartition(Partition):
@@ -313,3 +313,18 @@ def _unsupported(engine: Any) -> Iterable[tuple[str, bool, str]]:
         # With them, what DeepSpeed says of where a weight lies in the shards is wrong or lacks.
         yield "round_robin_gradients", zero.round_robin_gradients, "remove it"
         yield "parameter_alignment", zero.parameter_alignment, "remove it"
+
+
+def partition_of(model: Any, optimizer: torch.optim.Optimizer | None) -> Partition:
+    """The partition of a plain module with its optimizer, or of a DeepSpeed engine.
+
+    Raises:
+        ValueError: the engine uses something that cannot be read exactly; names it.
+    """
+    from mlomae.hypergrad.zero_partitions import engine_partition  # it builds on this file
+
+    if optimizer is not None:
+        return PlainPartition(model, optimizer, next(model.parameters()).device)
+    if not hasattr(model, "zero_optimization_stage"):
+        raise ValueError("a plain module needs its optimizer: Level(module, optimizer, ...)")
+    return engine_partition(model)

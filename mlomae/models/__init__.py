@@ -4,14 +4,12 @@ Importing this package adds the autoencoders to timm's registry, `mae_vit_base_p
 """
 
 from mlomae.models.classifier import ClassificationHead, SegmentationHead
-from mlomae.models.mae import MaskedAutoencoder, reconstruction_loss
+from mlomae.models.mae import MaskedAutoencoder, Masks, choose_masks, reconstruction_loss
 from mlomae.models.masking import (
     LightMaskingNetwork,
     MaskingNetwork,
-    Masks,
     Scorer,
     block_scores,
-    choose_masks,
     gumbel_keys,
     random_scores,
 )

@@ -1,12 +1,11 @@
 """The NNCLR head of MAE-CT, whose batch norms see the batch of all ranks."""
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from mlomae.models.precision import at_least_float32
+from mlomae.models.batch_norm import GlobalBatchNorm
 
 
 class Embedded(TypedDict):
@@ -66,99 +65,6 @@ class NnclrHead(nn.Module):
         }
 
 
-class GlobalBatchNorm(nn.Module):
-    """Batch norm of [B, C] over the batches of all ranks, on any device.
-
-    `torch.nn.SyncBatchNorm` runs on GPUs alone. Statistics are float32 or wider; names, momentum
-    and eps are those of `torch.nn.BatchNorm1d`, which this is where there is one process, but that
-    a batch which is not finite, whose step is skipped, does not spoil the running statistics.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C] -> [B, C]. While training all ranks must call, with batches of one size."""
-        wide = at_least_float32(x)
-        mean, variance = self._batch_statistics(wide) if self.training else self._running(wide)
-        normed = (wide - mean) * (variance + self.eps).rsqrt()
-        return (normed * self.weight.to(wide.dtype) + self.bias.to(wide.dtype)).to(x.dtype)
-
-    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance; the running ones are moved towards them."""
-        count = len(x) * world_size()
-        mean = sum_over_ranks(x.sum(dim=0)) / count
-        variance = sum_over_ranks((x - mean).square().sum(dim=0)) / count
-        with torch.no_grad():
-            unbiased = variance * count / max(count - 1, 1)
-            for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                moved = running.lerp(new.to(running.dtype), self.momentum)
-                running.copy_(torch.where(moved.isfinite(), moved, running))
-            self.num_batches_tracked += 1
-        return mean, variance
-
-    def _running(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
-
-
 # --- sums and gathers over ranks with gradients --------------------------------------------------
 # Each rank differentiates its own loss. Summing what flows back makes the result the gradient of
 # the sum of all ranks' losses, and averaging weight gradients that of their mean.
-
-
-def world_size() -> int:
-    """Number of ranks; one without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process among all."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, differentiable. All ranks must call."""
-    return tensor if world_size() == 1 else _SumOverRanks.apply(tensor)
-
-
-def gather_over_ranks(tensor: Tensor) -> Tensor:
-    """[B, ...] -> [world_size * B, ...] of all ranks, differentiable. All ranks must call."""
-    return tensor if world_size() == 1 else _GatherOverRanks.apply(tensor)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return _all_reduced(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _all_reduced(grad)
-
-
-class _GatherOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        whole = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(whole, tensor.contiguous())
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _all_reduced(grad).chunk(world_size())[rank()]
-
-
-def _all_reduced(tensor: Tensor) -> Tensor:
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total

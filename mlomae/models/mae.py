@@ -1,7 +1,7 @@
 """The masked autoencoder: ViT encoder and decoder under the key names of the published weights."""
 
 from functools import partial
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from timm.layers import PatchEmbed
@@ -273,3 +273,33 @@ def reconstruction_loss(patch_loss: Tensor, mask: Tensor, weights: Tensor | None
     """
     weighted = patch_loss * mask if weights is None else patch_loss * mask * weights
     return weighted.sum() / mask.sum()
+
+
+class Masks(NamedTuple):
+    """What a scorer decides for a batch."""
+
+    scores: Tensor  # [B, N]: as the scorer gave them
+    order: Tensor  # [B, N]: patches by rising score; the first num_keep stay visible
+    mask: Tensor  # [B, N]: 1 where the patch is hidden
+
+
+@torch.no_grad()
+def choose_masks(
+    model: "MaskedAutoencoder", images: Tensor, scorer: Scorer, num_keep: int | None = None
+) -> Masks:
+    """The masks of a batch, without running encoder or decoder.
+
+    They are those of `model(images, scorer)`. For a plain module: under ZeRO-3 parameters are
+    gathered in `forward` alone.
+
+    Args:
+        model: embeds the patches.
+        images: [B, C, H, W], normalised.
+        scorer: as the model's `forward` takes it.
+        num_keep: visible patches of each image; None for the model's.
+    """
+    scores = scorer(model.embed(images))
+    order = torch.argsort(scores, dim=1, stable=True)  # as the model breaks ties
+    mask = torch.ones_like(scores)
+    mask.scatter_(1, order[:, : model.num_keep if num_keep is None else num_keep], 0)
+    return Masks(scores, order, mask)

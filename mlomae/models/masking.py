@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from mlomae.models.attention import Attention
 from mlomae.models.precision import at_least_float32
 
 if TYPE_CHECKING:  # the autoencoder knows scorers, so this module cannot import it
-    from mlomae.models.mae import MaskedAutoencoder
+    pass
 
 Scorer = Callable[[Tensor], Tensor]
 """Patch embeddings with positions [B, N, D] -> [B, N]; the patches with the largest are hidden."""
@@ -184,33 +184,3 @@ def gumbel_keys(scores: Tensor, temperature: float, generator: torch.Generator) 
     tiny = torch.finfo(scores.dtype).tiny  # log stays finite where a sigmoid has saturated
     gumbel = -noise.exponential_(generator=generator).clamp(min=tiny).log()
     return scores.clamp(min=tiny).log() + temperature * gumbel.to(scores.device)
-
-
-class Masks(NamedTuple):
-    """What a scorer decides for a batch."""
-
-    scores: Tensor  # [B, N]: as the scorer gave them
-    order: Tensor  # [B, N]: patches by rising score; the first num_keep stay visible
-    mask: Tensor  # [B, N]: 1 where the patch is hidden
-
-
-@torch.no_grad()
-def choose_masks(
-    model: "MaskedAutoencoder", images: Tensor, scorer: Scorer, num_keep: int | None = None
-) -> Masks:
-    """The masks of a batch, without running encoder or decoder.
-
-    They are those of `model(images, scorer)`. For a plain module: under ZeRO-3 parameters are
-    gathered in `forward` alone.
-
-    Args:
-        model: embeds the patches.
-        images: [B, C, H, W], normalised.
-        scorer: as the model's `forward` takes it.
-        num_keep: visible patches of each image; None for the model's.
-    """
-    scores = scorer(model.embed(images))
-    order = torch.argsort(scores, dim=1, stable=True)  # as the model breaks ties
-    mask = torch.ones_like(scores)
-    mask.scatter_(1, order[:, : model.num_keep if num_keep is None else num_keep], 0)
-    return Masks(scores, order, mask)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mlomae.models.contrastive import GlobalBatchNorm, world_size
+from mlomae.models.batch_norm import BatchNorm
 from mlomae.models.precision import at_least_float32
 
 AUXILIARY_CHANNELS = 256
@@ -115,26 +115,6 @@ def feature_blocks(depth: int) -> tuple[int, ...]:
 def resize(x: Tensor, size: Any, align_corners: bool = False) -> Tensor:
     """Bilinear interpolation of [B, C, h, w] to a size (height, width)."""
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
-
-
-class BatchNorm(GlobalBatchNorm):
-    """Batch norm of [B, C, h, w] over the batches of all ranks, on any device."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> the same. While training all ranks must call, with one shape."""
-        if self.training and world_size() > 1:
-            rows = x.movedim(1, -1)
-            normed = super().forward(rows.flatten(0, -2))
-            return normed.unflatten(0, rows.shape[:-1]).movedim(-1, 1)
-        wide = at_least_float32(x)
-        if self.training:
-            self.num_batches_tracked += 1
-        vectors = (self.running_mean, self.running_var, self.weight, self.bias)
-        mean, variance, weight, bias = (vector.to(wide.dtype) for vector in vectors)
-        normed = F.batch_norm(
-            wide, mean, variance, weight, bias, self.training, self.momentum, self.eps
-        )
-        return normed.to(x.dtype)
 
 
 # --- necks -------------------------------------------------------------------------------------

@@ -16,5 +16,5 @@ def tiny_setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 @pytest.fixture
 def tune_run(tiny_setup: Setup) -> TuneRun:
     """The recipe of a third step."""
-    recipe: MaeCtRecipe = load_recipe(tiny_setup.recipe, (), MaeCtRecipe)
+    recipe: MaeCtRecipe = load_recipe(tiny_setup.recipe, MaeCtRecipe)
     return recipe.tune_run()

@@ -105,7 +105,7 @@ def _launch(kill: tuple[str, int, int] | None = None, **arguments: Any) -> tuple
     with ExitStack() as stack:
         # the process group must outlive the launch, and the wait is for a launcher
         stack.enter_context(mock.patch("torch.distributed.destroy_process_group"))
-        stack.enter_context(mock.patch("mlomae._ranks.LAUNCHER_GRACE", 0))
+        stack.enter_context(mock.patch("mlomae.distributed.start.LAUNCHER_GRACE", 0))
         stack.enter_context(mock.patch("gc.collect"))  # DeepSpeed's, too: half of a tiny run's time
         stack.enter_context(redirect_stderr(stderr))
         if kill is not None and kill[1] == dist.get_rank():
@@ -114,7 +114,7 @@ def _launch(kill: tuple[str, int, int] | None = None, **arguments: Any) -> tuple
 
 
 def _sigterm_in(step: str, rank: int, cycle: int) -> Any:
-    from mlomae.task import Task
+    from mlomae.training.task import Task
 
     draw = Task.draw
 

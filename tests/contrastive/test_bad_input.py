@@ -14,7 +14,7 @@ from mlomae.errors import UserError
 from mlomae.models.contrastive import NnclrHead
 from mlomae.recipe import dump_recipe, load_recipe
 from tests.contrastive.runs import Setup
-from tests.launch.runs import tree
+from tests.runs import tree
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def refused(
 ) -> Callable[..., str]:
     """Launch what must be refused, and return the sentence."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("mlomae.program.set_up_logging", lambda: None)
+    monkeypatch.setattr("mlomae.training.program.set_up_logging", lambda: None)
 
     def no_training() -> None:
         pytest.fail("this launch should have been refused")
@@ -89,7 +89,7 @@ def test_a_finished_step_of_another_recipe_is_not_built_upon(
     refused: Callable[..., str], tiny_setup: Setup
 ) -> None:
     recipe: MaeCtRecipe = load_recipe(
-        tiny_setup.recipe, [f"output_dir={tiny_setup.folder / 'other'}"], MaeCtRecipe
+        tiny_setup.recipe, MaeCtRecipe, [f"output_dir={tiny_setup.folder / 'other'}"]
     )
     run = recipe.pretrain_run()
     assert run is not None

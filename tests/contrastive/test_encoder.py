@@ -75,7 +75,7 @@ def test_views_of_a_tuned_encoder_are_embedded_one_by_one() -> None:
 @pytest.mark.parametrize("suffix", ["", "_aug"])
 def test_learning_rates_decay_towards_the_input(size: str, suffix: str) -> None:
     """Block i of L has 0.65^(L - i), counted over the whole depth; biases and norms decay not."""
-    recipe: MaeCtRecipe = load_recipe(f"mae_ct_vit_{size}_imagenet{suffix}", (), MaeCtRecipe)
+    recipe: MaeCtRecipe = load_recipe(f"mae_ct_vit_{size}_imagenet{suffix}", MaeCtRecipe)
     run = recipe.tune_run()
     depth, num_frozen = run.model.depth, run.num_frozen_blocks
     with torch.device("meta"):

@@ -6,7 +6,7 @@ import torch
 from mlomae.contrastive.programs import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import MaeCtRecipe
 from mlomae.recipe import dump_recipe, load_recipe
-from mlomae.vit import build_vit
+from mlomae.training.vit import build_vit
 
 # width, depth, patches, batch, pooling, lr of head and encoder
 SIZES = {
@@ -30,7 +30,7 @@ TUNE = {
 
 def load(name: str) -> MaeCtRecipe:
     size, aug, _ = name.partition("_aug")
-    return load_recipe(f"mae_ct_vit_{size}_imagenet{aug}", (), MaeCtRecipe)
+    return load_recipe(f"mae_ct_vit_{size}_imagenet{aug}", MaeCtRecipe)
 
 
 @pytest.mark.parametrize("name", TUNE)
@@ -92,7 +92,7 @@ def test_steps_have_complete_recipes_and_networks_of_their_size(name: str, tmp_p
     for step, run in runs.items():
         file = tmp_path / f"{step}.yaml"
         file.write_text(dump_recipe(run))
-        assert load_recipe(file, (), type(run)) == run
+        assert load_recipe(file, type(run)) == run
     with torch.device("meta"):
         head = HeadProgram().module(runs["head"], "head")
         tuned = TuneProgram().module(runs["tune"], "tune")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from tests.contrastive.runs import NUM_STEPS, Setup
-from tests.launch.runs import checkpoints, contents, records
 from tests.ranks import run_ranks
+from tests.runs import checkpoints, contents, records
 
 LAST = f"checkpoints/step_{NUM_STEPS:08d}"
 STAGES = (0, 1, 2, 3)

@@ -3,7 +3,9 @@
 from pathlib import Path
 from unittest import mock
 
-from eval import _store, cached_probe, clustering, features, knn, low_shot, reconstruct
+from eval import cached_probe, clustering, knn, low_shot, reconstruct
+from eval.frozen import features
+from eval.frozen import store as _store
 
 SMALL = (  # so that every rank has images of each file
     mock.patch.object(_store, "CHUNK_SIZE", 8),

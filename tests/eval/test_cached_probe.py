@@ -8,7 +8,6 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from eval._store import Features
 from eval.cached_probe import (
     LinearHeads,
     ProbeSettings,
@@ -18,7 +17,8 @@ from eval.cached_probe import (
     evaluate,
     fit_cached_probe,
 )
-from eval.features import EncodedSets, LabelledFeatures
+from eval.frozen.features import EncodedSets, LabelledFeatures
+from eval.frozen.store import Features
 from mlomae.errors import UserError
 
 QUICK = ProbeSettings(epochs=10, batch_size=128)

@@ -8,10 +8,10 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 from eval import clustering
-from eval._kmeans import _start, kmeans
-from eval._store import Features
 from eval.clustering import ClusteringSettings, agreement, evaluate, read_classes
-from eval.features import LabelledFeatures
+from eval.frozen.features import LabelledFeatures
+from eval.frozen.kmeans import _start, kmeans
+from eval.frozen.store import Features
 
 
 def digits() -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_starts_are_drawn_by_squared_distance():
 def test_an_empty_cluster_takes_the_farthest_image(monkeypatch):
     x = torch.tensor([[0.0], [0.1], [0.2], [9.0], [10.0]])
     start = torch.tensor([[0.0], [0.1], [500.0]])
-    monkeypatch.setattr("eval._kmeans._start", lambda *_: start)
+    monkeypatch.setattr("eval.frozen.kmeans._start", lambda *_: start)
     found = kmeans(x, 3, seed=0)
     assert len(found.clusters.unique()) == 3
 
@@ -51,7 +51,7 @@ def test_an_empty_cluster_takes_the_farthest_image(monkeypatch):
 def test_chunks_and_constants_do_not_matter(monkeypatch):
     x = digits()
     whole = kmeans(x, 10, seed=0)
-    monkeypatch.setattr("eval._kmeans._ROWS", 37)
+    monkeypatch.setattr("eval.frozen.kmeans._ROWS", 37)
     assert torch.equal(kmeans(x, 10, seed=0).clusters, whole.clusters)
     same = kmeans(torch.ones(20, 3), 2, seed=0)
     assert same.inertia == 0

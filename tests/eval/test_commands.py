@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval import cached_probe, compare, knn
-from eval.encoders import of_run, of_weights
+from eval.frozen.encoders import of_run, of_weights
 from mlomae.errors import UserError
 from mlomae.foreign.files import read_config
 

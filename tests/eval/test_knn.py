@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from eval._store import Features
-from eval.features import EncodedSets, LabelledFeatures
+from eval.frozen.features import EncodedSets, LabelledFeatures
+from eval.frozen.store import Features
 from eval.knn import KnnSettings, evaluate, knn_predict
 from mlomae.errors import UserError
 

@@ -7,11 +7,11 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from eval import low_shot
-from eval._preprocess import centre_rows
-from eval._regression import fit_regression
-from eval._splits import draw_fraction, draw_per_class, read_lists
-from eval._store import Features
-from eval.features import EncodedSets, ImageSet, LabelledFeatures
+from eval.frozen.features import EncodedSets, ImageSet, LabelledFeatures
+from eval.frozen.preprocess import centre_rows
+from eval.frozen.regression import fit_regression
+from eval.frozen.splits import draw_fraction, draw_per_class, read_lists
+from eval.frozen.store import Features
 from eval.low_shot import LowShotSettings, evaluate
 from mlomae.errors import UserError
 
@@ -69,7 +69,7 @@ def test_images_in_parts_give_the_same_weights(monkeypatch):
     x, y = map(torch.from_numpy, digits(100))
     how = {"num_classes": 10, "penalty": 1e-3, "tolerance": 1e-10}
     whole = fit_regression(x, y, **how)
-    monkeypatch.setattr("eval._regression._ROWS", 7)
+    monkeypatch.setattr("eval.frozen.regression._ROWS", 7)
     torch.testing.assert_close(fit_regression(x, y, **how).weight, whole.weight)
 
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from data_ffcv import open_eval_loader
 from eval import reconstruct
-from eval.encoders import of_run
-from eval.features import ImageSet, eval_augmentation
+from eval.frozen.encoders import of_run
+from eval.frozen.features import ImageSet, eval_augmentation
 from eval.reconstruct import random_masks, reconstruction_error
-from mlomae.weights import load_masking_network, load_model
+from mlomae.pretraining.networks import load_masking_network, load_model
 
 CPU = torch.device("cpu")
 

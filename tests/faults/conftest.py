@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import Runs
-from tests.launch.conftest import beton as beton
-from tests.launch.conftest import png_folder as png_folder
+from tests.pretraining.conftest import beton as beton
+from tests.pretraining.conftest import png_folder as png_folder
 from tests.ranks import warm_context
 
 

@@ -144,11 +144,11 @@ def _rank(
         os.dup2(file.fileno(), 2)
     faulthandler.register(signal.SIGUSR1)
     os.environ.update(environment)
-    from mlomae.program import run_program
-    from mlomae.train import PretrainingProgram
+    from mlomae.pretraining.program import PretrainingProgram
+    from mlomae.training.command_line import run_program
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("mlomae._ranks.LAUNCHER_GRACE", POLL / 2))
+        stack.enter_context(mock.patch("mlomae.distributed.start.LAUNCHER_GRACE", POLL / 2))
         for name, values in faults:
             stack.enter_context(getattr(befall, name)(**values))
         code = run_program(PretrainingProgram(), "", arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.ranks import Fault, Launch, launched
-from tests.launch.runs import Setup, contents, records
+from tests.runs import Setup, contents, records
 
 NUM_CYCLES, STEPS_PER_CYCLE = 6, 2
 SAVING = ("checkpoint.interval_epochs=0.5", "checkpoint.keep=3")  # an epoch has two cycles

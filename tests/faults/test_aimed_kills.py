@@ -11,7 +11,7 @@ from tests.faults.ranks import Fault
 from tests.faults.runs import Runs, step_name
 
 LEVEL, MULTILEVEL = "mlomae.hypergrad.level.Level", "mlomae.hypergrad.multilevel"
-WRITER = "mlomae._checkpoint_writer"
+WRITER = "mlomae.checkpoint.writer"
 
 # A cycle has two steps of pretrain with two micro-batches each, one of classifier, and one of mask
 # whose hypergradient takes three gradients and evaluates two losses; AdamW steps pretrain and mask,
@@ -27,10 +27,10 @@ STEPS = [
 # (rank, what befalls it, its place, the file, at which call; cycles that are saved afterwards)
 ENDS = [
     (0, "kill_in_file", "pathlib.Path.write_text", "recipe.yaml", 1, 0),
-    (0, "kill", "mlomae.monitor.Monitor.write", "", 2, 1),
+    (0, "kill", "mlomae.training.monitor.Monitor.write", "", 2, 1),
     (1, "kill", "mlomae.checkpoint.load", "", 1, 1),
     (0, "kill", "os.replace", "metrics.jsonl", 1, 1),
-    (0, "kill", "mlomae.trainer.write_report", "", 1, 6),
+    (0, "kill", "mlomae.training.trainer.write_report", "", 1, 6),
     (0, "kill", "pathlib.Path.replace", "summary.json.tmp", 1, 6),
 ]
 # (rank, what befalls it, its place, the file; whether the checkpoint is complete before it)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mlomae.watchdog import EX_TEMPFAIL
+from mlomae.distributed.watchdog import EX_TEMPFAIL
 from tests.faults.runs import Runs
-from tests.launch.runs import mounted_tmpfs
+from tests.runs import mounted_tmpfs
 
-LEVEL, WRITER = "mlomae.hypergrad.level.Level", "mlomae._checkpoint_writer"
+LEVEL, WRITER = "mlomae.hypergrad.level.Level", "mlomae.checkpoint.writer"
 BACKWARD, SYNC = f"{LEVEL}.backward", f"{WRITER}._sync"
 
 
@@ -53,7 +53,7 @@ def test_numbers_that_break_down_on_one_rank_end_all(runs: Runs) -> None:
 def test_images_that_are_cut_short_while_training_are_named(runs: Runs) -> None:
     beton, run = runs.folder / "cut.beton", "cut"
     shutil.copy(runs.beton, beton)
-    fault = ("truncate", {"place": "mlomae.task.Task.draw", "call": 9, "file": str(beton)})
+    fault = ("truncate", {"place": "mlomae.training.task.Task.draw", "call": 9, "file": str(beton)})
     with runs.launch(run, f"data.train={beton}", faults={0: [fault]}) as launch:
         assert 2 in (codes := launch.finish()), launch.output
         assert f"{beton} has shrunk" in launch.error(codes.index(2))

@@ -12,7 +12,7 @@ from tests.faults.runs import Runs
 NUM_CYCLES = 16
 SEED = int(os.environ.get("STORM_SEED", random.SystemRandom().randrange(10**6)))
 # On a slow disk, a save takes longer than the next cycle.
-SLOW_DISK = ("delay", {"place": "mlomae._checkpoint_writer.save_tensors", "seconds": 0.03})
+SLOW_DISK = ("delay", {"place": "mlomae.checkpoint.writer.save_tensors", "seconds": 0.03})
 # ZeRO stage, checkpoint.async_save, number of kills
 STORMS = [
     (1, "true", 10),

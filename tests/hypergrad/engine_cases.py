@@ -11,13 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlomae.engines import TrainingLevel, build_level
 from mlomae.hypergrad import Level, Unrolled
 from mlomae.hypergrad.partition import view
-from mlomae.masks import MaskSchedule
-from mlomae.mlo_mae import LEVELS, CoupledReconstruction, FrozenReconstruction, MloMae
 from mlomae.models import LightMaskingNetwork
+from mlomae.pretraining.masks import MaskSchedule
+from mlomae.pretraining.mlo_mae import (
+    LEVELS,
+    CoupledReconstruction,
+    FrozenReconstruction,
+    MloMae,
+)
 from mlomae.recipe import LevelRecipe
+from mlomae.training.engines import TrainingLevel, build_level
 from tests.hypergrad.brute_force import (
     MloMaeProblem,
     OptimizerState,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mlomae.hypergrad.partition import Partition, Vector, partition_of, view
+from mlomae.hypergrad.partition import Partition, Vector, view
+from mlomae.hypergrad.zero_partitions import partition_of
 from tests.hypergrad.plain_training import (
     Network,
     Reference,

@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mlomae.engines import build_level
 from mlomae.hypergrad import Level, Unrolled
-from mlomae.mlo_mae import (
+from mlomae.models import MaskedAutoencoder, MaskingNetwork, SegmentationHead
+from mlomae.pretraining.mlo_mae import (
     HEAD_LOSSES,
     LEVELS,
     UNLABELLED,
     FrozenReconstruction,
     MloMae,
 )
-from mlomae.models import MaskedAutoencoder, MaskingNetwork, SegmentationHead
 from mlomae.recipe import LevelRecipe
+from mlomae.training.engines import build_level
 from tests.hypergrad import engine_cases
 from tests.hypergrad.brute_force import MloMaeProblem, Weights, of_optimizer, relative_error
 from tests.hypergrad.engine_cases import BATCH, EPS, LRS, WARM_CYCLES

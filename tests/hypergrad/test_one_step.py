@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from mlomae.hypergrad import Level, Unrolled
-from mlomae.masks import MaskSchedule
-from mlomae.mlo_mae import LEVELS, CoupledReconstruction, FrozenReconstruction, MloMae
 from mlomae.models import (
     ClassificationHead,
     LightMaskingNetwork,
     MaskedAutoencoder,
     MaskingNetwork,
+)
+from mlomae.pretraining.masks import MaskSchedule
+from mlomae.pretraining.mlo_mae import (
+    LEVELS,
+    CoupledReconstruction,
+    FrozenReconstruction,
+    MloMae,
 )
 from tests.hypergrad.brute_force import MloMaeProblem, of_optimizer, relative_error
 

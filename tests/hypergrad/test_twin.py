@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlomae.hypergrad import twin as twin_module
-from mlomae.hypergrad.partition import partition_of
 from mlomae.hypergrad.twin import GradientSink, Twin, Weights, fetched_again
+from mlomae.hypergrad.zero_partitions import partition_of
 
 
 class Odd(nn.Module):

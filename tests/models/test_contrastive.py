@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mlomae.models.contrastive import GlobalBatchNorm, NnclrHead
+from mlomae.models.batch_norm import GlobalBatchNorm
+from mlomae.models.contrastive import NnclrHead
 
 
 @pytest.mark.parametrize(("embed_dim", "millions"), [(768, 6.3), (1024, 6.8), (1280, 7.3)])

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from mlomae.models import MaskedAutoencoder, MaskingNetwork
-from mlomae.models.masking import (
-    LightMaskingNetwork,
-    block_scores,
-    choose_masks,
-    gumbel_keys,
-    random_scores,
-)
+from mlomae.models.mae import choose_masks
+from mlomae.models.masking import LightMaskingNetwork, block_scores, gumbel_keys, random_scores
 from mlomae.models.positions import sincos_positions
 from tests.models.plain_mae import PlainMae
 

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mlomae.models.attention import Attention
-from mlomae.models.upernet import BatchNorm, StandardHead, TutorialHead, UperNet, feature_blocks
+from mlomae.models.batch_norm import BatchNorm
+from mlomae.models.upernet import StandardHead, TutorialHead, UperNet, feature_blocks
 from tests.ranks import run_ranks
 
 WIDTH, NUM_CLASSES = 24, 5

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import records
 from tests.multinode.launches import Cluster
 from tests.ranks import ROOT
+from tests.runs import records
 
 MISSING = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(tool)]
 pytestmark = [

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from tests.faults.ranks import launched
-from tests.launch.runs import contents, records
 from tests.multinode.launches import ENVIRONMENT, Cluster, Launch
 from tests.ranks import ROOT
+from tests.runs import contents, records
 
 pytestmark = pytest.mark.timeout(600)
 NUM_CYCLES = 8

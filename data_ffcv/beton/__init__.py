@@ -1,0 +1,1 @@
+"""The .beton format: layout, tables, checks."""

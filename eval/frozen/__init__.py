@@ -1,0 +1,1 @@
+"""What evaluations of frozen features share."""

@@ -1,0 +1,1 @@
+"""Linear probe on freshly augmented images."""

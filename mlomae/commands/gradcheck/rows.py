@@ -1,0 +1,228 @@
+"""The estimators that `mlomae gradcheck` compares, and what it measures of each."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mlomae.commands.gradcheck.memory import PeakMemory
+from mlomae.commands.gradcheck.problem import LOWER, Labelled, RandomBatches, Truth, Weights
+from mlomae.hypergrad import FiniteDifference, Hypergradient, Identity, Level
+from mlomae.hypergrad.reference import cosine, relative_error
+from mlomae.pretraining.masks import MaskSchedule
+from mlomae.pretraining.mlo_mae import MloMae
+from mlomae.pretraining.recipe import Recipe
+from mlomae.recipe import HypergradientRecipe
+from mlomae.recipe.hypergradient import ESTIMATOR_KEYS, build_estimator
+from mlomae.training.engines import TrainingLevel
+
+NUM_CYCLES = 5  # whose medians are shown, for costs and for errors
+STEP_KEYS = ("pretrain_steps", "classifier_steps")
+NO_DIFFERENCE = {"relative_step": None, "radius": None}
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call takes: its time, and the most bytes at once while it runs, on this rank."""
+
+    seconds: float
+    bytes: int
+
+
+@dataclass
+class Row:
+    """One estimator and what was measured of it.
+
+    Attributes:
+        section: what a recipe says to get it.
+        is_own: whether it is the recipe's.
+        steps: newest steps of each lower level that its truth goes back through.
+        reason: why it cannot be used here; empty when it can.
+        cost: of one hypergradient; bytes above those of the cycle's beginning, so what the steps
+            record for it counts as well.
+    """
+
+    section: HypergradientRecipe
+    is_own: bool
+    steps: dict[str, int]
+    reason: str = ""
+    errors: list[float] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+    cost: Cost = Cost(0.0, 0)
+
+    def __post_init__(self) -> None:
+        self.estimator = build_estimator(self.section)
+
+    @property
+    def name(self) -> str:
+        """The estimator with what differs from the defaults; its steps stand in the table."""
+        section, recursion = self.section, self.estimator
+        fields = type(section).model_fields
+        is_difference = isinstance(recursion, FiniteDifference)
+        name = type(recursion.estimator if is_difference else recursion).__name__
+        keys = [key for key in ESTIMATOR_KEYS[section.estimator] if key not in STEP_KEYS]
+        values = {key: getattr(section, key) for key in (*keys, *NO_DIFFERENCE)}
+        given = [f"{k}={v:g}" for k, v in values.items() if v != fields[k].default]
+        if is_difference:
+            return f"FiniteDifference({', '.join([name, *given])})"
+        return f"{name}({', '.join(given)})" if given else name
+
+    @property
+    def error(self) -> float:
+        return statistics.median(self.errors)
+
+    @property
+    def cosine(self) -> float:
+        return statistics.median(self.cosines)
+
+
+def make_rows(recipe: Recipe) -> list[Row]:
+    """Every estimator, exact ones first, and the recipe's own where it is none of them."""
+    own = recipe.hypergradient
+    taken = {name: recipe.levels[name].steps_per_cycle for name in LOWER}
+    whole = {f"{name}_steps": num for name, num in taken.items()}
+    changes: list[dict[str, Any]] = [
+        {"estimator": "unrolled"},
+        {"estimator": "unrolled", **whole},
+        *({"estimator": name} for name in ESTIMATOR_KEYS if name != "unrolled"),
+        {"estimator": "unrolled", "relative_step": 1e-4},
+        {"estimator": "identity", "radius": 0.01},
+    ]
+    sections = [own.model_copy(update={**NO_DIFFERENCE, **change}) for change in changes]
+    rows: list[Row] = []
+    for section in [*sections, own]:
+        if section not in [row.section for row in rows]:
+            steps = {name: getattr(section, f"{name}_steps") for name in LOWER}
+            has_steps = ESTIMATOR_KEYS[section.estimator] == STEP_KEYS
+            rows.append(Row(section, section == own, steps if has_steps else taken))
+    return rows
+
+
+class Bench:
+    """The levels with random batches, on which every estimator is measured. All ranks must call.
+
+    The masking network takes no step, so that no row depends on those above it.
+    """
+
+    def __init__(self, recipe: Recipe, levels: dict[str, TrainingLevel]) -> None:
+        self._recipe, self._levels = recipe, levels
+        self._device: torch.device = levels["pretrain"].engine.device
+        self._schedule = MaskSchedule.of(recipe, levels["pretrain"].total_steps)
+        self._num_draws = 0
+
+    def measure_unit(self) -> Cost:
+        """The cost of the forward and backward pass of one encoder step."""
+        method = self._recorder()
+        level = method.pretrain.level
+
+        def begin() -> Call:
+            images = self._draw().micro_batches()
+            return partial(level.backward, *self._schedule.batches(images, self._num_draws))
+
+        def end() -> None:
+            level.discard()
+            method.problem.clear()
+
+        return self._measure(begin, end)
+
+    def measure_cost(self, row: Row) -> None:
+        """Train some cycles for the row's estimator alone, as a run of it would."""
+        try:
+            method = MloMae(**self._levels, estimator=row.estimator, schedule=self._schedule)
+            row.cost = self._measure(
+                lambda: partial(_hypergradient, method, self._train(method)), method.problem.clear
+            )
+        except ValueError as error:
+            row.reason = str(error)
+
+    def compare(self, rows: list[Row]) -> None:
+        """Ask all rows about the same recorded cycles, and compare with the truth."""
+        method = self._recorder()
+        reference = Truth(self._recipe, self._levels)
+        usable = [row for row in rows if not row.reason]
+        # The recipe's own comes first, for what a step keeps serves one sweep, as in training.
+        usable.sort(key=lambda row: not row.is_own)
+        for _ in range(NUM_CYCLES):
+            batch = self._train(method, reference)
+            truths: dict[str, Weights] = {}
+            for row in usable:
+                key = str(row.steps)
+                if key not in truths:
+                    truths[key] = reference.hypergradient(row.steps, batch)
+                method.problem.estimator = row.estimator
+                found = method.mask.level.named(_hypergradient(method, batch).vector)
+                row.errors.append(relative_error(found, truths[key]))
+                row.cosines.append(cosine(found, truths[key]))
+            method.problem.clear()
+
+    def _recorder(self) -> MloMae:
+        return MloMae(**self._levels, estimator=_Recorder(), schedule=self._schedule)
+
+    def _measure(self, begin: Callable[[], Call], end: Callable[[], None]) -> Cost:
+        """Memory in one run, since counting takes time, then the time of several."""
+        with PeakMemory(self._device) as memory:
+            call = begin()
+            memory.restart()
+            call()
+        end()
+        seconds = []
+        for _ in range(NUM_CYCLES):
+            call = begin()
+            start = self._now()
+            call()
+            seconds.append(self._now() - start)
+            end()
+        return Cost(statistics.median(seconds), memory.bytes)
+
+    def _train(self, method: MloMae, reference: Truth | None = None) -> Labelled:
+        """Take the lower levels' steps of one cycle, and return the mask level's batch."""
+        method.problem.clear()
+        batches = self._draw()
+        for name in LOWER:
+            level = self._levels[name]
+            for _ in range(level.level.num_steps):
+                if reference is not None:
+                    reference.note(level)
+                if name == "pretrain":
+                    method.pretrain_step(batches.micro_batches())
+                else:
+                    method.classifier_step(*batches.labelled(name))
+        # A step may have been skipped for its numbers; the third in a row is an error.
+        is_whole = all(self._levels[name].level.is_recorded for name in LOWER)
+        return batches.labelled("mask") if is_whole else self._train(method, reference)
+
+    def _draw(self) -> RandomBatches:
+        self._num_draws += 1
+        return RandomBatches(self._recipe, self._num_draws, self._device)
+
+    def _now(self) -> float:
+        """Seconds, once all ranks have done what they were asked for."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        dist.barrier()
+        return time.perf_counter()
+
+
+class _Recorder(Identity):
+    """Records every step of a cycle, whoever may ask about it."""
+
+    def window(self, level: Level) -> int:
+        return level.num_steps
+
+    def check(self, level: Level) -> None:
+        pass
+
+
+def _hypergradient(method: MloMae, batch: Labelled) -> Hypergradient:
+    module = method.classifier.engine.module.eval()  # as in training, no dropout here
+    try:
+        return method.problem.hypergradient("mask", batch)
+    finally:
+        module.train()

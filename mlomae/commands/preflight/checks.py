@@ -1,0 +1,262 @@
+"""What is wrong with the hosts of a survey, in a word for the table and in a sentence each."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from mlomae.commands.preflight.conversation import Contents, Facts, HostError
+from mlomae.commands.preflight.probe import EXTRAS, PACKAGES
+from mlomae.commands.preflight.survey import Found
+
+CHECKS = (
+    *("ssh", "python", "packages", "GPUs", "CUDA", "data"),
+    *("output_dir", "space", "clock", "memory", "port"),
+)
+MAX_CLOCK_OFFSET = 2.0  # seconds; file times and logs of hosts further apart mislead
+MIN_MEMORY_PER_SLOT = 2**30  # bytes; what a rank's imports take before it holds a weight
+MIN_SHM = 2**30  # bytes; NCCL fails below, and containers often come with 64 MiB
+MAX_GPU_USED = 2**30  # bytes; more belongs to somebody else's process
+
+
+class Problem(NamedTuple):
+    """What is wrong with a host.
+
+    Attributes:
+        check: the column.
+        cell: what stands there.
+        sentence: what is wrong and how to mend it, to be read behind the host's name.
+    """
+
+    check: str
+    cell: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the recipe needs.
+
+    Attributes:
+        data: paths by recipe key.
+        output_dir: None where it was not asked about.
+        checkpoint_bytes: that have to fit below output_dir; None where they are not known.
+        master_port: of the rendezvous.
+    """
+
+    data: Mapping[str, Path]
+    output_dir: Path | None
+    checkpoint_bytes: int | None
+    master_port: int
+
+
+def find_problems(found: Sequence[Found], needs: Needs) -> list[list[Problem]]:
+    """The problems of each host, compared with the first one that answered."""
+    reference = next((one for one in found if one.facts is not None), None)
+    problems = []
+    for one in found:
+        own = [] if one.lost is None else [Problem(one.lost.check, one.lost.cell, str(one.lost))]
+        if one.facts is not None and reference is not None and reference.facts is not None:
+            for check in _OF_FACTS:
+                own += check(one, one.facts, reference.host.name, reference.facts)
+        for of_needs in (_data, _output_dir, _port):
+            own += of_needs(one, found, needs)
+        problems.append(own + list(_clock(one)))
+    return problems
+
+
+# --- what a launch would find -------------------------------------------------------------------
+
+Problems = Iterator[Problem]
+
+
+def _python(one: Found, facts: Facts, name: str, first: Facts) -> Problems:
+    if facts.python != first.python:
+        sentence = f"Python is {facts.python}, but {first.python} on {name}: make them equal"
+        yield Problem("python", facts.python, sentence)
+
+
+def _packages(one: Found, facts: Facts, name: str, first: Facts) -> Problems:
+    if not facts.folder:
+        yield Problem(
+            "packages",
+            "no folder",
+            "the folder in which you launch is missing there: put the repository at the same path "
+            "on all hosts, or share it",
+        )
+    for package in (*PACKAGES, *EXTRAS):
+        own, wanted = facts.packages.get(package), first.packages.get(package)
+        if own != wanted:
+            sentence = (
+                f"{package} is {own or 'missing'}, but {wanted or 'missing'} on {name}: install "
+                "the same on all hosts"
+            )
+            yield Problem("packages", package, sentence)
+        elif own is None and package in PACKAGES and not (package == "mlomae" and facts.code):
+            yield Problem("packages", package, f"{package} is missing: install it on all hosts")
+    if facts.code != first.code:
+        sentence = f"the code of mlomae is not that on {name}: bring all hosts to one commit"
+        yield Problem("packages", "code", sentence)
+    if facts.torch_error is not None and facts.packages.get("torch"):
+        sentence = f"torch cannot be imported ({facts.torch_error}): mend its installation"
+        yield Problem("packages", "torch", sentence)
+
+
+def _gpus(one: Found, facts: Facts, name: str, first: Facts) -> Problems:
+    """On hosts without any GPU, slots are processes on the CPU."""
+    if facts.num_gpus < len(facts.gpus) and facts.num_gpus < (one.host.slots or len(facts.gpus)):
+        sentence = (
+            f"nvidia-smi lists {len(facts.gpus)} GPUs, but torch sees {facts.num_gpus}: install a "
+            "torch built for the driver's CUDA, or look for CUDA_VISIBLE_DEVICES"
+        )
+        yield Problem("GPUs", f"torch sees {facts.num_gpus}", sentence)
+    elif (facts.num_gpus or first.num_gpus) and facts.num_gpus < (one.host.slots or 0):
+        sentence = (
+            f"the hostfile has slots={one.host.slots}, but there are {facts.num_gpus} GPUs: "
+            "correct the line, or look for a failed GPU"
+        )
+        yield Problem("GPUs", f"{facts.num_gpus} of {one.host.slots}", sentence)
+    own, wanted = describe_gpus(facts), describe_gpus(first)
+    if own != wanted and facts.gpus and first.gpus:
+        sentence = f"the GPUs are {own}, but {wanted} on {name}: use hosts with equal GPUs"
+        yield Problem("GPUs", "differ", sentence)
+    for number, gpu in enumerate(facts.gpus):
+        if (gpu.used or 0) > MAX_GPU_USED:
+            sentence = (
+                f"{gib(gpu.used or 0)} of GPU {number} are in use: end the process that holds them"
+            )
+            yield Problem("GPUs", "in use", sentence)
+
+
+def describe_gpus(facts: Facts) -> str:
+    """Kinds of a host's GPUs."""
+    kinds = {f"{gpu.name} of {gib(gpu.memory)}" if gpu.memory else gpu.name for gpu in facts.gpus}
+    return " and ".join(sorted(kinds)) or "none"
+
+
+def _cuda(one: Found, facts: Facts, name: str, first: Facts) -> Problems:
+    titles = {"driver": "the GPU driver", "cuda": "torch's CUDA", "nccl": "torch's NCCL"}
+    for key, title in titles.items():
+        own, wanted = getattr(facts, key), getattr(first, key)
+        if own != wanted:
+            sentence = (
+                f"{title} is {own or 'missing'}, but {wanted or 'missing'} on {name}: install the "
+                "same on all hosts"
+            )
+            yield Problem("CUDA", key, sentence)
+
+
+def _memory(one: Found, facts: Facts, name: str, first: Facts) -> Problems:
+    needed = MIN_MEMORY_PER_SLOT * (one.host.slots or 1)
+    if facts.memory is not None and facts.memory < needed:
+        sentence = (
+            f"{gib(facts.memory)} of memory are free, but {one.host.slots or 1} processes take at "
+            f"least {gib(needed)}: end what else runs there"
+        )
+        yield Problem("memory", gib(facts.memory), sentence)
+    if facts.num_gpus > 1 and facts.shm is not None and facts.shm < MIN_SHM:
+        sentence = (
+            f"/dev/shm has {gib(facts.shm)} free, but NCCL should have {gib(MIN_SHM)}: enlarge it "
+            "(in Docker --shm-size or --ipc=host), or remove what fills it"
+        )
+        yield Problem("memory", "/dev/shm", sentence)
+
+
+_OF_FACTS: tuple[Callable[[Found, Facts, str, Facts], Problems], ...] = (
+    *(_python, _packages, _gpus, _cuda, _memory),
+)
+
+
+# --- data, folders, clock, port -----------------------------------------------------------------
+
+
+def _data(one: Found, found: Sequence[Found], needs: Needs) -> Problems:
+    for number, (key, path) in enumerate(needs.data.items() if one.data else ()):
+        own = one.data[number]
+        if own.error is not None:
+            sentence = (
+                f"{key} {path} cannot be read ({own.error}): copy it to the same path on all "
+                "hosts, or share its folder"
+            )
+            yield Problem("data", "missing", sentence)
+            continue
+        name, wanted = next(
+            (other.host.name, other.data[number])
+            for other in found
+            if other.data and other.data[number].error is None
+        )
+        if difference := _difference(own, wanted):
+            sentence = f"{key} {path} {difference} on {name}: copy the right one to all hosts"
+            yield Problem("data", "differs", sentence)
+
+
+def _difference(own: Contents, wanted: Contents) -> str | None:
+    for title in ("num_files", "size"):
+        a, b = getattr(own, title), getattr(wanted, title)
+        if a != b:
+            unit = {"num_files": "files", "size": "bytes"}[title]
+            return f"has {a} {unit}, but {b}"
+    return None if own.digest == wanted.digest else "has the same size, but not the same content as"
+
+
+def _output_dir(one: Found, found: Sequence[Found], needs: Needs) -> Problems:
+    if isinstance(one.free, HostError):
+        sentence = (
+            f"output_dir {needs.output_dir} cannot be written ({one.free}): choose another, or "
+            "mend its rights or space"
+        )
+        yield Problem("output_dir", "no write", sentence)
+    if one.shares_output_dir is False:
+        name = next(other.host.name for other in found if isinstance(other.free, int))
+        sentence = (
+            f"output_dir {needs.output_dir} is not the same folder as on {name}: choose one on a "
+            "filesystem that all hosts share"
+        )
+        yield Problem("output_dir", "not shared", sentence)
+    needed = needs.checkpoint_bytes
+    if isinstance(one.free, int) and needed is not None and one.free < needed:
+        sentence = (
+            f"output_dir {needs.output_dir} has {gib(one.free)} free, but the recipe's checkpoints "
+            f"take about {gib(needed)}: free some space, or choose another output_dir"
+        )
+        yield Problem("space", gib(one.free), sentence)
+
+
+def _clock(one: Found) -> Problems:
+    if one.clock is None:
+        return
+    offset, uncertainty = one.clock
+    if abs(offset) - uncertainty > MAX_CLOCK_OFFSET:
+        direction = "ahead of" if offset > 0 else "behind"
+        sentence = (
+            f"the clock is {abs(offset):.1f} s {direction} this machine's: let chrony or another "
+            "NTP client set it"
+        )
+        yield Problem("clock", f"{offset:+.0f} s", sentence)
+
+
+def _port(one: Found, found: Sequence[Found], needs: Needs) -> Problems:
+    first, port = found[0], needs.master_port
+    if one is first:
+        if isinstance(one.port, HostError):
+            sentence = (
+                f"port {port} cannot be opened ({one.port}): end what uses it, or give another "
+                "--master_port here and to deepspeed"
+            )
+            yield Problem("port", "not free", sentence)
+        elif one.port is False:
+            sentence = "`hostname -I` names no address there: give one in --master_addr"
+            yield Problem("port", "no address", sentence)
+    elif isinstance(one.port, HostError) or one.port is False:
+        reason = "another machine answers" if one.port is False else str(one.port)
+        sentence = (
+            f"port {port} of {first.host.name} is not reached ({reason}): open the firewall "
+            "between the hosts, or give the address of the right network in --master_addr here "
+            "and to deepspeed"
+        )
+        yield Problem("port", "closed", sentence)
+
+
+def gib(num_bytes: int) -> str:
+    """A number of bytes for a person."""
+    return f"{num_bytes / 2**30:.{0 if num_bytes >= 10 * 2**30 else 2}f} GiB"

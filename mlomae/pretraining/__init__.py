@@ -1,0 +1,1 @@
+"""Pretraining by MAE and MLO-MAE: recipe, program, task, losses."""

@@ -1,0 +1,102 @@
+"""What decides the masks of a micro-batch besides the scores: share, noise, weighting."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlomae.models.mae import num_kept
+from mlomae.models.precision import at_least_float32
+from mlomae.pretraining.recipe import Recipe
+from mlomae.randomness import hashed
+
+Weighting = Literal["published", "normalized"]
+
+
+class MaskedBatch(NamedTuple):
+    """A micro-batch of the pretrain level.
+
+    The loss is a function of it and of the weights alone, so a derivative that runs it once more
+    meets the same masks.
+    """
+
+    images: Tensor  # [B, C, H, W]
+    num_keep: int | None = None  # visible patches; None for those of the model's mask_ratio
+    temperature: float = 0.0  # of the Gumbel noise on the scores; 0 hides the highest scores
+    seed: int = 0  # of the noise
+    chosen: list[Tensor] | None = None  # [B, N], each patch's place, once a coupled loss chose it
+
+    def generator(self) -> torch.Generator:
+        """A new generator on the images' device, at the start of this batch's noise."""
+        return torch.Generator(self.images.device).manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class MaskSchedule:
+    """Mask ratio and temperature over the steps of the pretrain level, each linear.
+
+    Masks are a function of (seed, rank, draw), so resuming restores no generator.
+
+    Attributes:
+        mask_ratio, temperature: at the first and at the last step.
+        num_patches: patches of an image; 0 leaves the ratio to the model.
+        num_steps: optimizer steps of the whole run.
+    """
+
+    mask_ratio: tuple[float, float] = (0.75, 0.75)
+    temperature: tuple[float, float] = (0.0, 0.0)
+    num_patches: int = 0
+    num_steps: int = 1
+    seed: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_steps: int) -> "MaskSchedule":
+        """The schedule of a recipe."""
+        own = recipe.masking
+        end = own.mask_ratio if own.mask_ratio_end is None else own.mask_ratio_end
+        noise = own.temperature if own.selection == "gumbel_top_k" else 0.0
+        coldest = noise if own.temperature_end is None else own.temperature_end
+        return cls(
+            (own.mask_ratio, end),
+            (noise, coldest),
+            recipe.model.num_patches,
+            num_steps,
+            recipe.seed,
+        )
+
+    def num_keep(self, step: int) -> int | None:
+        """Visible patches of an image in a step; None for the model's own number."""
+        ratio = self._at(step, self.mask_ratio)
+        return num_kept(self.num_patches, ratio) if self.num_patches else None
+
+    def batches(self, micro_batches: list[Tensor], step: int) -> list[MaskedBatch]:
+        """The images [B, C, H, W] of one step, with what decides their masks."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        first = step * len(micro_batches)
+        return [
+            MaskedBatch(
+                images,
+                self.num_keep(step),
+                self._at(step, self.temperature),
+                hashed(self.seed, rank, first + i),
+                [],
+            )
+            for i, images in enumerate(micro_batches)
+        ]
+
+    def _at(self, step: int, ends: tuple[float, float]) -> float:
+        progress = min(1.0, step / max(1, self.num_steps - 1))
+        return ends[0] + (ends[1] - ends[0]) * progress
+
+
+def loss_weights(scores: Tensor, mask: Tensor, weighting: Weighting) -> Tensor:
+    """Weight of each patch's loss in the batch's, float32 or wider [B, N]; 0 where it was visible.
+
+    `published` divides the scores of hidden patches by the number of hidden patches (equation 1 of
+    arXiv 2402.18128, as its code averages it): smaller scores make a smaller loss. `normalized`
+    divides by their sum, so a uniform shrink of the scores changes nothing.
+    """
+    hidden = at_least_float32(scores) * mask
+    return hidden / (mask if weighting == "published" else hidden).sum()

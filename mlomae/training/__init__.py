@@ -1,0 +1,1 @@
+"""What all programs share: job, engines, loop, monitoring."""

@@ -1,0 +1,76 @@
+"""What a finished run leaves besides weights: summary.json, result.json and a one-page report."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlomae.checkpoint.files import replace_text
+from mlomae.environment import versions
+from mlomae.recipe import RunRecipe
+from mlomae.training.monitor import read_metrics
+from mlomae.training.task import Task
+
+SUMMARY_FILE, RESULT_FILE, REPORT_FILE = "summary.json", "result.json", "report.md"
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write how long a run took and how fast it was; its presence says that the run is over."""
+    replace_text(folder / SUMMARY_FILE, json.dumps(summary, indent=1))
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write what an examination found, and how."""
+    (folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write_report(
+    folder: Path,
+    recipe: RunRecipe,
+    task: Task,
+    summary: dict[str, Any],
+    evaluation: dict[str, float],
+) -> None:
+    """Write the page that says what was run and what came of it."""
+    first = task.first_level.name
+    run = [
+        ("method", recipe.method),
+        ("images", f"{recipe.data.train} ({task.num_images} for {first})"),
+        ("started from", " and ".join(map(str, recipe.init_from)) or "random weights"),
+        ("epochs", f"{recipe.epochs:g} ({task.first_level.num_steps} steps of {first})"),
+        ("batch", f"{recipe.levels[first].batch_size} over {summary['world_size']} ranks"),
+        ("seed", str(recipe.seed)),
+        ("training time", f"{summary['seconds']:.0f} s"),
+        ("images per second", f"{summary['images_per_second']:.0f}"),
+    ]
+    found = last_losses(folder) | evaluation
+    numbers = [(name, format_number(name, value)) for name, value in found.items()]
+    page = [
+        f"# {folder.name}: {recipe.method}",
+        table(("run", ""), run + task.report()),
+        table(("result", ""), numbers),
+        f"Complete settings: `recipe.yaml`, `deepspeed_config.json`. Curves: `tensorboard --logdir "
+        f"{folder} --host localhost`. One seed says little about small differences.",
+        versions(),
+    ]
+    (folder / REPORT_FILE).write_text("\n\n".join(page) + "\n")
+
+
+def last_losses(folder: Path) -> dict[str, float]:
+    """Losses and online accuracies of a run's last record of training."""
+    records = [record for record in read_metrics(folder) if "seconds" in record]
+    shown = ("/loss", "accuracy")
+    last = records[-1] if records else {}
+    return {name: value for name, value in last.items() if name.endswith(shown)}
+
+
+def format_number(name: str, value: float) -> str:
+    """Accuracies and means of IoU in per cent, everything else with six digits."""
+    is_share = "accuracy" in name or name.endswith(("/mIoU", "/mAcc", "/aAcc"))
+    return f"{100 * value:.2f} %" if is_share else f"{value:.6g}"
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
