@@ -26,7 +26,7 @@ from mlomae.errors import UserError
 from mlomae.pretraining import program as train
 from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import load_recipe
-from mlomae.training import program
+from mlomae.training import command_line
 from tests.ranks import run_ranks
 from tests.runs import NUM_CLASSES, NUM_IMAGES, Setup
 
@@ -80,8 +80,8 @@ def test_weights_with_code_do_not_start_a_training(
     setup: Setup, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(program, "set_up_logging", lambda: None)
-    monkeypatch.setattr(program, "start_ranks", lambda: pytest.fail("it should be refused"))
+    monkeypatch.setattr(command_line, "set_up_logging", lambda: None)
+    monkeypatch.setattr(command_line, "start_ranks", lambda: pytest.fail("it should be refused"))
     launch = setup.launch("run", f"init_from=[{weights}]", method="mae")
     assert train.main(**launch) == 2
     assert "weights.pth holds code or objects besides tensors" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def refused(
 ) -> Callable[..., str]:
     """Launch what must be refused, and return the sentence."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("mlomae.training.program.set_up_logging", lambda: None)
+    monkeypatch.setattr("mlomae.training.command_line.set_up_logging", lambda: None)
 
     def no_training() -> None:
         pytest.fail("this launch should have been refused")

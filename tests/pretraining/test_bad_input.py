@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_ffcv.convert import convert
 from mlomae.pretraining import program as train
-from mlomae.training import program
+from mlomae.training import command_line
 from tests.ranks import run_ranks
 from tests.runs import Setup, mounted_tmpfs, tree
 
@@ -26,12 +26,12 @@ def refused(
 ) -> Callable[..., str]:
     """Launch what must be refused, and return the sentence."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(program, "set_up_logging", lambda: None)
+    monkeypatch.setattr(command_line, "set_up_logging", lambda: None)
 
     def no_training(*_: Any) -> None:
         pytest.fail("this launch should have been refused")
 
-    monkeypatch.setattr(program, "start_ranks", no_training)
+    monkeypatch.setattr(command_line, "start_ranks", no_training)
 
     def launch(*overrides: str, run: str = "run", **more: Any) -> str:
         arguments = setup.launch(run, *overrides, **more)

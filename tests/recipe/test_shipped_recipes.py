@@ -122,7 +122,8 @@ def test_cifar_makes_the_published_number_of_encoder_steps():
 
 
 def test_continued_pretraining_is_mlo_mae_from_weights():
-    recipe, other = map(load_recipe, ("mlo_mae_continued_vit_base_patch16_imagenet", B16))
+    recipe = load_recipe("mlo_mae_continued_vit_base_patch16_imagenet", Recipe)
+    other = load_recipe(B16, Recipe)
     assert recipe.init_from[0].name == "mae_pretrain_vit_base_full.pth"
     assert set(differing_keys(recipe, other)) == {"epochs", "init_from", "pretrain.warmup_epochs"}
 

@@ -15,7 +15,7 @@ from data_ffcv.convert import convert
 from eval import finetune
 from eval.finetuning.network import build_classifier
 from mlomae.recipe import load_recipe
-from mlomae.training import program
+from mlomae.training import command_line
 
 RECIPE: dict[str, Any] = {
     "method": "finetune",
@@ -61,7 +61,7 @@ def refused(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> Callable[..., str]:
     """Launch what must be refused, and return the sentence."""
-    monkeypatch.setattr(program, "set_up_logging", lambda: None)
+    monkeypatch.setattr(command_line, "set_up_logging", lambda: None)
     for module in (program, finetune):
         monkeypatch.setattr(
             module, "start_ranks", lambda: pytest.fail("not refused"), raising=False

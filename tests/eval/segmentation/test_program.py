@@ -19,6 +19,7 @@ from sklearn.metrics import jaccard_score
 from data_ffcv import Augmentation, WholeImages, open_stream
 from data_ffcv.convert import convert
 from eval import segment
+from eval.segmentation import program as segmentation_program
 from eval.segmentation.inference import Predictor
 from eval.segmentation.recipe import SegmentationRecipe
 from eval.segmentation.task import join_weights
@@ -178,7 +179,7 @@ def result(run: Path) -> dict[str, Any]:
 def trained(setup: SegmentSetup, run: str) -> UperNet:
     """A network filled from the two files of a run's last checkpoint."""
     files = ("model.safetensors", "segmentation.safetensors")
-    network = segment.build_network(setup.read("plain"))
+    network = segmentation_program.build_network(setup.read("plain"))
     network.load_state_dict(
         join_weights(*(load_file(last(setup.folder / run) / name) for name in files))
     )
@@ -203,7 +204,7 @@ def rate(step: int) -> float:
 def plain_loop(setup: SegmentSetup) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and state of NUM_STEPS steps on whole batches, in one process."""
     recipe = setup.read("plain")
-    network = segment.build_network(recipe)
+    network = segmentation_program.build_network(recipe)
     groups = [
         {
             "params": [p],
@@ -307,7 +308,7 @@ def test_scores_over_ranks_are_those_of_all_pixels(runs: SegmentSetup) -> None:
 def test_it_learns_to_tell_colours(runs: SegmentSetup) -> None:
     """Untrained it scores what chance gives."""
     recipe = runs.read("random")
-    untrained, maps = segment.build_network(recipe).eval(), []
+    untrained, maps = segmentation_program.build_network(recipe).eval(), []
     predict = Predictor(lambda images: untrained(images)["logits"], recipe, torch.device("cpu"))
     for image, mask in WholeImages(recipe.data.test):
         maps.append((predict(image), torch.from_numpy(mask).long()))

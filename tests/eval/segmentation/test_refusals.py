@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from data_ffcv import DataError, WholeImages
 from data_ffcv.convert import convert
-from eval import segment
+from eval.segmentation import program as segmentation_program
+from eval.segmentation.evaluate import load_trained
 from eval.segmentation.task import split_weights
 from mlomae.errors import UserError
 from mlomae.foreign.layouts import to_timm
@@ -36,7 +37,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> SegmentSetup:
 
 def check(setup: SegmentSetup, *overrides: str) -> None:
     launch = setup.launch("run", *overrides, method="plain")
-    program = segment.SegmentationProgram()
+    program = segmentation_program.SegmentationProgram()
     names = (launch[name] for name in ("recipe", "deepspeed_config", "resume", "overrides"))
     check_job(program, make_job(program.schema, *names))
 
@@ -124,7 +125,10 @@ def test_the_encoder_is_the_given_one(setup: SegmentSetup, tmp_path: Path) -> No
     )  # fmt: skip
     save_file(to_timm(autoencoder.state_dict()), tmp_path / "mae.safetensors")
     recipe = setup.read("plain", f"init_from={tmp_path / 'mae.safetensors'}")
-    network, plain = segment.initial_network(recipe), segment.build_network(recipe)
+    network, plain = (
+        segmentation_program.initial_network(recipe),
+        segmentation_program.build_network(recipe),
+    )
     given = autoencoder.state_dict()
     for name, tensor in network.state_dict().items():
         own = name.removeprefix("backbone.")
@@ -138,16 +142,16 @@ def test_the_encoder_is_the_given_one(setup: SegmentSetup, tmp_path: Path) -> No
 
 def test_weights_of_another_network_are_not_evaluated(setup: SegmentSetup, tmp_path: Path) -> None:
     recipe = setup.read("plain")
-    network = segment.build_network(recipe)
+    network = segmentation_program.build_network(recipe)
     for file, tensors in split_weights(network.state_dict()).items():
         save_file(tensors, tmp_path / file)
-    assert segment.load_trained(network, str(tmp_path)) == tmp_path
+    assert load_trained(network, str(tmp_path)) == tmp_path
     other = setup.read("plain", "head.channels=8")
     expected = (
         r"pooling\.cells\.0\.1\.0\.weight of shape \(16, 16, 1, 1\) and the recipe's network \(8,"
     )
     with pytest.raises(UserError, match=expected):
-        segment.load_trained(segment.build_network(other), str(tmp_path))
+        load_trained(segmentation_program.build_network(other), str(tmp_path))
     (tmp_path / "segmentation.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot be read .*: give a run of eval/segment"):
-        segment.load_trained(network, str(tmp_path))
+        load_trained(network, str(tmp_path))
