@@ -37,16 +37,17 @@ _FIELDS = [
 _MAP_THRESHOLD, _SMALLEST = -3, 65536
 _LIBC.mallopt(_MAP_THRESHOLD, _SMALLEST)  # before torch takes its first block
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from mlomae.distributed.start import set_up_logging, start_ranks  # noqa: E402
-from mlomae.pretraining.mae import Mae  # noqa: E402
-from mlomae.pretraining.mlo_mae import MloMae  # noqa: E402
-from mlomae.pretraining.program import build_levels, build_method  # noqa: E402
+from mlomae.pretraining.images import LevelImages  # noqa: E402
+from mlomae.pretraining.program import build_levels, build_task  # noqa: E402
 from mlomae.pretraining.recipe import Recipe  # noqa: E402
+from mlomae.pretraining.task import MloMaePretraining, Pretraining  # noqa: E402
 from mlomae.training.program import Job  # noqa: E402
 
 NUM_CYCLES = 2  # the first one makes the optimizers' states
@@ -109,12 +110,13 @@ def measure(case: dict[str, Any], num_cycles: int = NUM_CYCLES) -> dict[str, Any
     recipe, meter = Recipe.model_validate(case["recipe"]), Meter()
     with meter:
         levels = build_levels(Job(recipe, case["config"], "recipe", "config"), num_cycles=10**6)
-        method = build_method(recipe, levels)
+        sizes = {name: LevelImages(None, np.arange(10**6), None) for name in levels}  # type: ignore[arg-type]
+        task = build_task(recipe, levels, sizes)
         for _ in range(num_cycles):
             gc.collect()
             at_rest = mapped() - before
             meter.sent.clear()
-            _cycle(recipe, method, meter)
+            _cycle(recipe, task, meter)
     peaks = {phase: peak - before for phase, peak in meter.peaks.items()}
     building, most = peaks.pop("build"), most_mapped() - before
     for level in levels.values():
@@ -134,22 +136,22 @@ def _small(case: dict[str, Any]) -> dict[str, Any]:
     return case | {"recipe": recipe | {"model": model}}
 
 
-def _cycle(recipe: Recipe, method: Mae | MloMae, meter: Meter) -> None:
-    """As `Pretraining.cycle`."""
+def _cycle(recipe: Recipe, task: Pretraining, meter: Meter) -> None:
+    """As the task's own, on random images."""
     for _ in range(recipe.pretrain.steps_per_cycle):
         images, _ = _draw(recipe, "pretrain")
         parts = images.chunk(recipe.pretrain.gradient_accumulation_steps)
         with meter.during("pretrain step"):
-            method.pretrain_step([torch.cat([part]) for part in parts])
-    if not isinstance(method, MloMae):
+            task.pretrain_step([torch.cat([part]) for part in parts])
+    if not isinstance(task, MloMaePretraining):
         return
     for _ in range(recipe.levels["classifier"].steps_per_cycle):
         batch = _draw(recipe, "classifier")
         with meter.during("classifier step"):
-            method.classifier_step(*batch)
+            task.problem.classifier_step(*batch)
     batch = _draw(recipe, "mask")
     with meter.during("mask step"):
-        method.mask_step(*batch)
+        task.problem.mask_step(*batch)
 
 
 def _draw(recipe: Recipe, name: str) -> tuple[Tensor, Tensor]:

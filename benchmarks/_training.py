@@ -72,8 +72,7 @@ def _build(beton: str, num_cycles: int, stack: ExitStack) -> Pretraining:
     )
     program.check(job)
     levels = train.build_levels(job, num_cycles)
-    method = train.build_method(job.recipe, levels)
-    task = Pretraining(job.recipe, method, levels, program.images)
+    task = train.build_task(job.recipe, levels, program.images)
     task.open(0, stack)
     return task
 

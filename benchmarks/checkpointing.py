@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from mlomae.checkpoint import Progress, finish_saving, start_saving
 from mlomae.distributed.start import start_ranks
-from mlomae.pretraining.program import build_levels, build_method
+from mlomae.pretraining.program import build_levels, build_task
 from mlomae.pretraining.recipe import Recipe
 from mlomae.pretraining.task import Pretraining
 from mlomae.recipe import load_recipe
@@ -46,14 +47,11 @@ class Round:
     on_disk: float = 0.0
 
 
-class Synthetic(Pretraining):
-    """Pretraining on the same random images in every step."""
-
-    def draw(self, name: str) -> tuple[Tensor, ...]:
-        """Images and labels of a level."""
-        model, level = self.recipe.model, self.recipe.levels[name]
-        images = torch.randn(level.batch_size, 3, *model.image_size, device=self.device)
-        return images, torch.zeros(level.batch_size, dtype=torch.int64, device=self.device)
+def _draw(task: Pretraining, name: str) -> tuple[Tensor, Tensor]:
+    """Random images of a level, and labels."""
+    model, level = task.recipe.model, task.recipe.levels[name]
+    images = torch.randn(level.batch_size, 3, *model.image_size, device=task.device)
+    return images, torch.zeros(level.batch_size, dtype=torch.int64, device=task.device)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _build(arguments: argparse.Namespace) -> tuple[Recipe, Synthetic]:
+def _build(arguments: argparse.Namespace) -> tuple[Recipe, Pretraining]:
     names = ["pretrain", "classifier", "mask"]
     first = load_recipe(arguments.recipe, Recipe)
     overrides = [f"{n}.batch_size={arguments.batch_size}" for n in names if n in first.levels]
@@ -100,11 +98,13 @@ def _build(arguments: argparse.Namespace) -> tuple[Recipe, Synthetic]:
     job = Job(recipe, config, arguments.recipe, arguments.deepspeed_config)
     levels = build_levels(job, num_cycles=10_000)
     images = {name: _Images() for name in recipe.levels}
-    return recipe, Synthetic(recipe, build_method(recipe, levels), levels, images)  # type: ignore[arg-type]
+    task = build_task(recipe, levels, images)  # type: ignore[arg-type]
+    task.draw = partial(_draw, task)  # type: ignore[method-assign]
+    return recipe, task
 
 
 def _measure(
-    task: Synthetic, recipe: Recipe, folder: Path, arguments: argparse.Namespace
+    task: Pretraining, recipe: Recipe, folder: Path, arguments: argparse.Namespace
 ) -> tuple[dict[str, list[Round]], int]:
     rounds: dict[str, list[Round]] = {kind: [] for kind in KINDS}
     task.cycle()  # allocations of the first
@@ -118,7 +118,7 @@ def _measure(
     return rounds, size
 
 
-def _round(task: Synthetic, recipe: Recipe, folder: Path, kind: str, num_cycles: int) -> Round:
+def _round(task: Pretraining, recipe: Recipe, folder: Path, kind: str, num_cycles: int) -> Round:
     start = time.perf_counter()
     if kind == "none":
         cycle = median(_seconds(task.cycle) for _ in range(num_cycles))

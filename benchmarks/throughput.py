@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from _about import HERE, about, save, table
@@ -41,8 +42,10 @@ from mlomae.distributed.start import start_ranks
 from mlomae.errors import UserError
 from mlomae.models import MaskedAutoencoder
 from mlomae.models.attention import check_backend
-from mlomae.pretraining.program import build_levels, build_method
+from mlomae.pretraining.images import LevelImages
+from mlomae.pretraining.program import build_levels, build_task
 from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.task import MloMaePretraining
 from mlomae.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from mlomae.training.program import Job
 
@@ -99,7 +102,7 @@ class Settings:
 
 
 class Ours:
-    """The program's method on its engines, fed with the same images in every level."""
+    """The program's task on its engines, fed with the same images in every level."""
 
     def __init__(self, settings: Settings, method: str, images: Tensor) -> None:
         recipe = settings.recipe(method)
@@ -108,19 +111,19 @@ class Ours:
         job = Job(recipe, settings.config, *names)
         levels = build_levels(job, num_cycles=10**6)
         for level in levels.values():
-            for group in level.level.optimizer.param_groups:
+            for group in level.optimizer.param_groups:
                 group["fused"], group["foreach"] = settings.is_fused or None, None
-        self.method = build_method(recipe, levels)
+        sizes = {name: LevelImages(None, np.arange(10**6), None) for name in levels}  # type: ignore[arg-type]
+        self.task = build_task(recipe, levels, sizes)
         self.images = images
         self.labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
-        self.has_masks = method == "mlo_mae"
 
     def step(self) -> None:
         """One cycle."""
-        self.method.pretrain_step([self.images])
-        if self.has_masks:
-            self.method.classifier_step(self.images, self.labels)
-            self.method.mask_step(self.images, self.labels)
+        self.task.pretrain_step([self.images])
+        if isinstance(self.task, MloMaePretraining):
+            self.task.problem.classifier_step(self.images, self.labels)
+            self.task.problem.mask_step(self.images, self.labels)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from data_ffcv import convert as conversion
 from data_ffcv.convert import convert
 from eval import knn
 from mlomae.errors import UserError
-from mlomae.pretraining import program as train
+from mlomae.pretraining.program import PretrainingProgram
 from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import load_recipe
 from mlomae.training import command_line
@@ -83,7 +83,7 @@ def test_weights_with_code_do_not_start_a_training(
     monkeypatch.setattr(command_line, "set_up_logging", lambda: None)
     monkeypatch.setattr(command_line, "start_ranks", lambda: pytest.fail("it should be refused"))
     launch = setup.launch("run", f"init_from=[{weights}]", method="mae")
-    assert train.main(**launch) == 2
+    assert command_line.launch(PretrainingProgram(), **launch) == 2
     assert "weights.pth holds code or objects besides tensors" in capsys.readouterr().err
 
 

@@ -77,8 +77,8 @@ class Finetuning(Task):
 
     def cycle(self) -> None:
         """Draw, mix, step, and let the average follow."""
-        images, targets = self.mixer(*self.draw(LEVEL), self.level.num_steps)
-        images = images.to(self.level.level.dtype)
+        images, targets = self.mixer(*self.draw(LEVEL), self.level.num_steps_done)
+        images = images.to(self.level.dtype)
         num_parts = self.recipe.finetune.gradient_accumulation_steps
         with self.meters.timed("time/finetune_step"):
             parts = zip(images.chunk(num_parts), targets.chunk(num_parts), strict=True)
@@ -140,9 +140,9 @@ class Finetuning(Task):
         with torch.device("meta"):  # drawing initial weights of a ViT-H would take half a minute
             vit = self.build()
         vit.load_state_dict(weights, assign=True)
-        found = count(vit, self.recipe, self.test, self.device, self.level.level.dtype)
+        found = count(vit, self.recipe, self.test, self.device, self.level.dtype)
         self.latest[tag] = found["accuracy"]
-        epoch = self.level.num_steps / self.cycles_per_epoch
+        epoch = self.level.num_steps_done / self.cycles_per_epoch
         self.best[tag] = max(
             self.best.get(tag, (0.0, 0.0)), (found["accuracy"], epoch), key=lambda best: best[0]
         )

@@ -109,7 +109,7 @@ class LinearProbe(Task):
     def _evaluate_held_out(self, heads: LinearHeads) -> dict[str, float]:
         self._latest = self._accuracies(heads, self.images.train, self.images.held_out)
         found = self._named("held_out/accuracy", self._latest)
-        if self.levels["probe"].num_steps == self.num_cycles:
+        if self.levels["probe"].num_steps_done == self.num_cycles:
             on_test = self._accuracies(heads, self.images.test)
             self._test_accuracy = float(on_test[self._latest.argmax()])
             found["test/accuracy"] = self._test_accuracy
@@ -172,7 +172,7 @@ class LinearProbe(Task):
 
     @property
     def _epoch(self) -> float:
-        return self.levels["probe"].num_steps / self.cycles_per_epoch
+        return self.levels["probe"].num_steps_done / self.cycles_per_epoch
 
     def _reported(self) -> tuple[float, int, float]:
         """The protocol's number, the head that it is of, and after which epoch."""

@@ -144,7 +144,7 @@ class SegmentationTask(Task):
         with torch.device("meta"):
             network = self.build()
         network.load_state_dict(weights, assign=True)
-        return to_inference(network, self.device, self.level.level.dtype)
+        return to_inference(network, self.device, self.level.dtype)
 
 
 def to_inference(network: UperNet, device: torch.device, dtype: torch.dtype) -> UperNet:

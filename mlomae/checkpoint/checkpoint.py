@@ -24,10 +24,11 @@ after a newer one is complete.
 
 import logging
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,19 +39,31 @@ from torch import Tensor
 import mlomae
 from mlomae.checkpoint.choice import FORMAT, Damaged, read_state
 from mlomae.checkpoint.folders import RECIPE_FILE, complete_checkpoints
-from mlomae.checkpoint.level_state import memory_kinds, pieces, restore
+from mlomae.checkpoint.level_state import StoredLevel, memory_kinds, pieces, restore
 from mlomae.checkpoint.writer import Saving
 from mlomae.environment import _commit
 from mlomae.errors import UserError
+from mlomae.hypergrad.partition import Vector
 from mlomae.randomness import hashed
 from mlomae.recipe import RunRecipe, dump_recipe
-
-if TYPE_CHECKING:
-    from mlomae.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 _SHARED_FILE = "shared.safetensors"
+
+
+class SavedTask(Protocol):
+    """What a checkpoint holds of a run; `mlomae.training.task.Task` says what each is."""
+
+    @property
+    def levels(self) -> Mapping[str, StoredLevel]: ...
+    @property
+    def first_level(self) -> StoredLevel: ...
+    def weights(self) -> Iterator[tuple[str, dict[str, Tensor]]]: ...
+    def vectors(self) -> dict[str, dict[str, Vector]]: ...
+    def shared_state(self) -> dict[str, Tensor]: ...
+    def rank_state(self) -> dict[str, Tensor]: ...
+    def load_state(self, shared: dict[str, Tensor], of_rank: dict[str, Tensor], /) -> None: ...
 
 
 @dataclass
@@ -69,7 +82,7 @@ class Progress:
 
 
 def start_saving(
-    folder: Path, task: "Task", progress: Progress, recipe: RunRecipe, *, for_good: bool = False
+    folder: Path, task: SavedTask, progress: Progress, recipe: RunRecipe, *, for_good: bool = False
 ) -> Saving:
     """Copy everything that a checkpoint holds, and begin to write it in the background.
 
@@ -82,7 +95,7 @@ def start_saving(
     Raises:
         UserError: there is no room to begin in, on all ranks.
     """
-    final = folder / f"step_{task.first_level.num_steps:08d}"
+    final = folder / f"step_{task.first_level.num_steps_done:08d}"
     files: dict[str, Any] = {}
     for file, tensors in task.weights():
         if dist.get_rank() == 0:
@@ -115,7 +128,7 @@ def finish_saving(saving: Saving, keep: int) -> None:
     logger.info("saved %s", saving.final)
 
 
-def load(checkpoint: Path, task: "Task", recipe: RunRecipe) -> Progress:
+def load(checkpoint: Path, task: SavedTask, recipe: RunRecipe) -> Progress:
     """Restore a sound checkpoint into a freshly built task. All ranks must call.
 
     On as many ranks as wrote it everything goes on bit by bit. On another number, weights,
@@ -163,7 +176,7 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def _describe(task: "Task", progress: Progress, for_good: bool) -> dict[str, Any]:
+def _describe(task: SavedTask, progress: Progress, for_good: bool) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -171,8 +184,8 @@ def _describe(task: "Task", progress: Progress, for_good: bool) -> dict[str, Any
             name: {
                 "counters": level.counters(),
                 "optimizer": memory_kinds(level),
-                "zero_stage": level.engine.zero_optimization_stage(),
-                "dtype": str(level.level.dtype).removeprefix("torch."),
+                "zero_stage": level.model.zero_optimization_stage(),
+                "dtype": str(level.dtype).removeprefix("torch."),
             }
             for name, level in task.levels.items()
         },

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mlomae.checkpoint.folders import complete_checkpoints
 from mlomae.checkpoint.writer import STATE_FILE, checksum, point_to, text_checksum
+from mlomae.distributed.collectives import first_problem, from_first_rank, gather_objects
 from mlomae.distributed.watchdog import mark
 from mlomae.errors import UserError
 
@@ -60,10 +61,9 @@ def choose(folder: Path) -> Path | None:
     """
     for cut_short in folder.glob("step_*.tmp"):
         logger.info("ignored %s: its writing was cut short", cut_short)
-    found = [complete_checkpoints(folder)]
-    dist.broadcast_object_list(found)  # a network's folder may look newer from one node
+    checkpoints = from_first_rank(complete_checkpoints(folder))  # NFS may lag behind on one node
     problems = {}
-    for checkpoint in reversed(found[0]):
+    for checkpoint in reversed(checkpoints):
         problem = _agreed_problem(checkpoint)
         if problem is None:
             _set_aside(problems, checkpoint)
@@ -105,27 +105,27 @@ def _agreed_problem(checkpoint: Path) -> str | None:
         UserError: a rank cannot read what others can, on all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    own: tuple[str, bool] | None = None  # what is wrong, and whether a file is missing
+    damage: tuple[str, bool] | None = None  # what is wrong, and whether a file is missing
     refusal = None
     try:
         state = read_state(checkpoint)
         _check_sizes(checkpoint, state)
         _check_sums(checkpoint, dict(list(state["files"].items())[rank::world_size]))
-    except Damaged as damage:
-        own = str(damage), damage.is_missing
+    except Damaged as error:
+        damage = str(error), error.is_missing
     except UserError as error:
         refusal = f"rank {rank} on {socket.gethostname()}: {error}"
-    found: list[Any] = [None] * world_size
-    dist.all_gather_object(found, (own, refusal))
-    if refusals := [refusal for _, refusal in found if refusal is not None]:
-        raise UserError(refusals[0])
-    problems = [(number, problem) for number, (problem, _) in enumerate(found) if problem]
+    if refused := first_problem(refusal):
+        raise UserError(refused[1])
+    problems = [
+        (number, problem) for number, problem in enumerate(gather_objects(damage)) if problem
+    ]
     if not problems:
         return None
     number, (text, is_missing) = problems[0]
     if is_missing and number and all(missing for _, (_, missing) in problems):
         raise UserError(  # the first rank sees it, so it is there
-            f"rank {number} does not see all of {checkpoint} ({text}): mend the mount of its "
+            f"rank {number} does not see all of {checkpoint} ({text}): fix the mount of its "
             "host, and launch again"
         )
     return text
@@ -143,8 +143,8 @@ def _check_sums(checkpoint: Path, files: Mapping[str, Mapping[str, int]]) -> Non
     for name, sums in files.items():
         mark(f"reading {name}")
         with _reading(checkpoint, name):
-            found = checksum(checkpoint / name)
-        if found != sums["crc32"]:
+            crc32 = checksum(checkpoint / name)
+        if crc32 != sums["crc32"]:
             raise Damaged(f"{name}: its bytes are not those that were written")
 
 
@@ -157,7 +157,7 @@ def _reading(checkpoint: Path, name: str) -> Iterator[None]:
         raise Damaged(f"{name}: {error.strerror}", is_missing=True) from None
     except OSError as error:
         raise UserError(
-            f"{checkpoint / name} cannot be read ({error.strerror}): mend its disk, mount or "
+            f"{checkpoint / name} cannot be read ({error.strerror}): fix its disk, mount or "
             "rights, and launch again"
         ) from None
 
@@ -168,7 +168,7 @@ def _set_aside(problems: Mapping[Path, str], chosen: Path) -> None:
     Raises:
         UserError: the folder lacks rights or space, on all ranks.
     """
-    refusal: list[str | None] = [None]
+    refusal: str | None = None
     if dist.get_rank() == 0 and problems:
         try:
             point_to(chosen)
@@ -179,13 +179,12 @@ def _set_aside(problems: Mapping[Path, str], chosen: Path) -> None:
                     "skipped %s: damaged (%s); it is now called %s", checkpoint, problem, other.name
                 )
         except OSError as error:
-            refusal = [
+            refusal = (
                 f"a damaged checkpoint in {chosen.parent} cannot be renamed ({error.strerror}): "
-                "mend rights or space of the folder"
-            ]
-    dist.broadcast_object_list(refusal)
-    if refusal[0] is not None:
-        raise UserError(refusal[0])
+                "fix rights or space of the folder"
+            )
+    if refused := first_problem(refusal):
+        raise UserError(refused[1])
 
 
 def _names(checkpoint: Path) -> Iterator[Path]:

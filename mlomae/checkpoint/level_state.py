@@ -17,21 +17,36 @@ Keys of a file:
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mlomae.distributed.collectives import first_problem
 from mlomae.distributed.watchdog import mark
 from mlomae.hypergrad.partition import Partition, Vector, view
-from mlomae.training.engines import TrainingLevel
 
 MASTER = "master"
 
 
-def pieces(level: TrainingLevel, vectors: Mapping[str, Vector]) -> dict[str, Tensor]:
+class StoredLevel(Protocol):
+    """What a checkpoint needs of a level: a `mlomae.hypergrad.Level` on an engine that counts."""
+
+    partition: Partition
+    model: Any
+    dtype: torch.dtype
+    num_steps_done: int
+
+    def counters(self) -> dict[str, int]:
+        """What a resumed level has to count on from."""
+
+    def set_counters(self, num_steps: int, num_skipped: int, global_steps: int) -> None:
+        """Count on from there."""
+
+
+def pieces(level: StoredLevel, vectors: Mapping[str, Vector]) -> dict[str, Tensor]:
     """This rank's part of a level's state, by key; views where that is possible.
 
     All ranks must call.
@@ -39,7 +54,8 @@ def pieces(level: TrainingLevel, vectors: Mapping[str, Vector]) -> dict[str, Ten
     Args:
         vectors: what else is cut as the weights are, by name.
     """
-    partition, found = level.level.partition, {}
+    partition = level.partition
+    tensors: dict[str, Tensor] = {}
     if partition.is_sharded or dist.get_rank() == 0:
         shards = partition.shards()
         for fragment in partition.fragments:
@@ -48,14 +64,14 @@ def pieces(level: TrainingLevel, vectors: Mapping[str, Vector]) -> dict[str, Ten
             kinds |= {kind: vector[fragment.shard] for kind, vector in vectors.items()}
             for kind, whole in kinds.items():
                 piece = whole.detach().flatten()[fragment.shard_start :][: fragment.numel]
-                found[f"{kind}/{fragment.name}@{fragment.param_start}"] = piece
+                tensors[f"{kind}/{fragment.name}@{fragment.param_start}"] = piece
             if (step := partition.optimizer.state[shard].get("step")) is not None:
-                found[f"step/{fragment.name}"] = torch.tensor([float(step)], dtype=torch.float64)
+                tensors[f"step/{fragment.name}"] = torch.tensor([float(step)], dtype=torch.float64)
     frozen = partition.current(list(partition.frozen)) if partition.frozen else {}
     if dist.get_rank() == 0:
-        found |= {f"frozen/{name}": tensor for name, tensor in frozen.items()}
-        found |= {f"buffer/{name}": buffer.detach() for name, buffer in _buffers(level).items()}
-    return found
+        tensors |= {f"frozen/{name}": tensor for name, tensor in frozen.items()}
+        tensors |= {f"buffer/{name}": buffer.detach() for name, buffer in _buffers(level).items()}
+    return tensors
 
 
 def remembered(partition: Partition, shard: Tensor) -> dict[str, Tensor]:
@@ -67,15 +83,15 @@ def remembered(partition: Partition, shard: Tensor) -> dict[str, Tensor]:
     }
 
 
-def memory_kinds(level: TrainingLevel) -> list[str]:
+def memory_kinds(level: StoredLevel) -> list[str]:
     """Names of what the optimizer remembers, on this rank."""
-    partition = level.level.partition
+    partition = level.partition
     return sorted({kind for shard in partition.shards() for kind in remembered(partition, shard)})
 
 
 @torch.no_grad()
 def restore(
-    level: TrainingLevel, vectors: Mapping[str, Vector], kinds: Sequence[str], folder: Path
+    level: StoredLevel, vectors: Mapping[str, Vector], kinds: Sequence[str], folder: Path
 ) -> None:
     """Take back what all ranks wrote, however many they were. All ranks must call.
 
@@ -87,15 +103,15 @@ def restore(
     Raises:
         ValueError: some rank cannot read a file, or finds a weight in none, on all ranks.
     """
-    partition = level.level.partition
+    partition = level.partition
     shards = [shard.detach().flatten() for shard in partition.shards()]
     memory = {kind: partition.zeros() for kind in kinds}
     filled = _Filled(partition, {MASTER: shards, **vectors, **memory})
     files = sorted(folder.glob("shards_*.safetensors"))
-    own = dist.get_rank()
+    rank = dist.get_rank()
     problem = None
     try:
-        for file in [*files[own : own + 1], *files[:own], *files[own + 1 :]]:
+        for file in [*files[rank : rank + 1], *files[:rank], *files[rank + 1 :]]:
             mark(f"reading {file.parent.name}/{file.name}")
             filled.read(file)
             if filled.is_complete:  # as after the first one, where nothing is cut anew
@@ -104,11 +120,9 @@ def restore(
         _give_memory(partition, memory, filled)
         _restore_whole(level, files[0])
     except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
-        problem = f"rank {own}: {error}"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)  # one that raised at once would leave the others
-    if problem := next((problem for problem in problems if problem is not None), None):
-        raise ValueError(problem)
+        problem = str(error)
+    if failed := first_problem(problem):
+        raise ValueError("rank {}: {}".format(*failed))
     partition.refresh()
 
 
@@ -116,7 +130,7 @@ class _Filled:
     """Vectors that are filled from files, and what of them is still missing.
 
     Attributes:
-        found: keys KIND/NAME of which some file had something.
+        filled: keys KIND/NAME of which some file had something.
         steps: how often the optimizer had stepped each parameter, as far as the files said.
     """
 
@@ -129,7 +143,7 @@ class _Filled:
         self._missing = {
             key: sum(len(target) for _, target in targets) for key, targets in self._targets.items()
         }
-        self.found: set[str] = set()
+        self.filled: set[str] = set()
         self.steps: dict[str, float] = {}
 
     @property
@@ -149,13 +163,13 @@ class _Filled:
 
     def _copy(self, key: str, start: int, piece: Any) -> None:
         stop = start + piece.get_shape()[0]
-        for own_start, target in self._targets[key]:
-            first, last = max(start, own_start), min(stop, own_start + len(target))
+        for target_start, target in self._targets[key]:
+            first, last = max(start, target_start), min(stop, target_start + len(target))
             if first < last:
                 part = piece[first - start : last - start]
-                target[first - own_start : last - own_start].copy_(part)
+                target[first - target_start : last - target_start].copy_(part)
                 self._missing[key] -= last - first
-                self.found.add(key)
+                self.filled.add(key)
 
     def check(self, kinds: Collection[str]) -> None:
         """Raise for a weight that no file had; what never was stepped has no memory, though."""
@@ -173,7 +187,7 @@ def _give_memory(partition: Partition, memory: Mapping[str, Vector], filled: _Fi
         state = {
             kind: vector[index].view_as(shard)
             for kind, vector in memory.items()
-            if any(f"{kind}/{name}" in filled.found for name in names)
+            if any(f"{kind}/{name}" in filled.filled for name in names)
         }
         if steps := [filled.steps[name] for name in names if name in filled.steps]:
             device = shard.device if counts_on_device else "cpu"
@@ -182,9 +196,9 @@ def _give_memory(partition: Partition, memory: Mapping[str, Vector], filled: _Fi
             optimizer.state[shard] = state
 
 
-def _restore_whole(level: TrainingLevel, file: Path) -> None:
+def _restore_whole(level: StoredLevel, file: Path) -> None:
     """Buffers and untrained parameters, which the first rank wrote for all."""
-    partition, buffers = level.level.partition, _buffers(level)
+    partition, buffers = level.partition, _buffers(level)
     with safe_open(file, framework="pt") as tensors:
         for name, buffer in buffers.items():
             buffer.copy_(tensors.get_tensor(f"buffer/{name}"))
@@ -192,8 +206,8 @@ def _restore_whole(level: TrainingLevel, file: Path) -> None:
             partition.set_frozen(name, tensors.get_tensor(f"frozen/{name}"))
 
 
-def _buffers(level: TrainingLevel) -> dict[str, Tensor]:
+def _buffers(level: StoredLevel) -> dict[str, Tensor]:
     """What the module's own state holds besides parameters."""
-    module = level.engine.module
+    module = level.model.module
     saved = module.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in module.named_buffers() if name in saved}

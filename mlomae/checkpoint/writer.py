@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlomae.checkpoint.files import replace_text, sync
 from mlomae.checkpoint.folders import save_tensors
+from mlomae.distributed.collectives import first_problem, gather_objects
 from mlomae.errors import UserError
 
 STATE_FILE = "state.json"
@@ -62,9 +63,11 @@ class Saving:
         if self._problem is None and self._sums.keys() != self._files.keys():
             self._problem = "the thread that writes has ended early"
         self._files = {}  # their memory
-        everybodys = self._agree()
+        of_all_ranks = self._agree()
         if dist.get_rank() == 0:
-            files = {name: sums for own in everybodys for name, sums in own.items()}
+            files = {
+                name: sums for sums_by_name in of_all_ranks for name, sums in sums_by_name.items()
+            }
             self._attempt(lambda: self._complete(dict(sorted(files.items()))))
         self._agree()
 
@@ -76,17 +79,15 @@ class Saving:
 
     def _agree(self) -> list[dict[str, dict[str, int]]]:
         """What each rank has written; raises on every rank what failed on any."""
-        everybodys: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybodys, (self._problem, self._sums))
-        failed = [rank for rank, (problem, _) in enumerate(everybodys) if problem is not None]
-        if not failed:
-            return [sums for _, sums in everybodys]
+        failed = first_problem(self._problem)
+        if failed is None:
+            return gather_objects(self._sums)
         folder = self.partial.parent
         if dist.get_rank() == 0:
             shutil.rmtree(self.partial, ignore_errors=True)  # what it takes may be what lacks
         raise UserError(
             f"checkpoint {self.final.name} could not be written (rank {failed[0]}: "
-            f"{everybodys[failed[0]][0]}): mend rights or space of {folder}, and continue from "
+            f"{failed[1]}): fix rights or space of {folder}, and continue from "
             "the checkpoint before it with --resume"
         )
 

@@ -60,7 +60,7 @@ class HeadTask(Task):
         *views, labels, ids = self.draw(name)
         with self.meters.timed(f"time/{name}_step"):
             inputs = self.encoder(torch.cat(views)).unflatten(0, (len(views), -1))
-            batch = TwoViews(inputs, labels, ids, self.level.num_steps)
+            batch = TwoViews(inputs, labels, ids, self.level.num_steps_done)
             if self.level.step(batch):
                 self.loss.queue.push(self.loss.targets[0], labels, ids)
                 self.follow()
@@ -149,7 +149,7 @@ class TuneTask(HeadTask):
 
 def projector_state(level: TrainingLevel) -> dict[str, Tensor]:
     """fp32 masters and buffers of a tuned projector, whole, on all ranks. All ranks must call."""
-    prefix, partition = "head.projector.", level.level.partition
+    prefix, partition = "head.projector.", level.partition
     names = [name for name in partition.shapes if name.startswith(prefix)]
     masters = [shard.detach().flatten() for shard in partition.shards()]
     weights = partition.gather(names, masters)[0]

@@ -1,10 +1,12 @@
 """Collective operations: rank, sums, gathers, agreement."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -55,8 +57,32 @@ def _all_reduced(tensor: Tensor) -> Tensor:
     return total
 
 
-def _agree(condition: bool, device: torch.device) -> bool:
+def all_agree(condition: bool, device: torch.device) -> bool:
     """Whether the condition holds on every rank. All ranks must call."""
     flag = torch.tensor(int(condition), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The value of every rank, by rank. All ranks must call.
+
+    Where a rank fails alone, gather what failed before any raises: one that raised at once would
+    leave the others waiting in their next collective call.
+    """
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_problem(problem: str | None) -> tuple[int, str] | None:
+    """The first rank that has a problem, and the problem. All ranks must call."""
+    problems = gather_objects(problem)
+    return next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
+
+
+def from_first_rank(value: T) -> T:
+    """The first rank's value, on all ranks. All ranks must call."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

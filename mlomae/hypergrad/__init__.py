@@ -21,7 +21,7 @@ from mlomae.hypergrad.estimators import (
     Unrolled,
 )
 from mlomae.hypergrad.level import Level
-from mlomae.hypergrad.losses import WeightedLoss
+from mlomae.hypergrad.losses import ReplayedLoss, WeightedLoss
 from mlomae.hypergrad.multilevel import Hypergradient, Multilevel
 from mlomae.hypergrad.partition import Vector
 
@@ -34,6 +34,7 @@ __all__ = [
     "Level",
     "Multilevel",
     "Neumann",
+    "ReplayedLoss",
     "Sama",
     "Truncated",
     "Unrolled",

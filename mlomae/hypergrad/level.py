@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mlomae.hypergrad.kept import KeptCalls
-from mlomae.hypergrad.losses import Loss, Models, Settings, WeightedLoss
+from mlomae.hypergrad.losses import Loss, Models, ReplayedLoss, Settings, WeightedLoss
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.randomness import RandomState
 from mlomae.hypergrad.records import MicroBatch, StepRecord, recording
@@ -170,6 +170,9 @@ class Level:
             losses, frozen = self.loss.losses(models, micro_batch.batch)
             micro_batch.frozen = tree_map_only(Tensor, torch.detach, frozen)
             loss = (self.loss.weights(models, micro_batch.frozen) * losses).sum()
+        elif isinstance(self.loss, ReplayedLoss):
+            loss, choice = self.loss.loss(models, micro_batch.batch, micro_batch.frozen)
+            micro_batch.frozen = tree_map_only(Tensor, torch.detach, choice)
         else:
             loss = self.loss(models, micro_batch.batch)
         if not isinstance(loss, Tensor) or loss.ndim:

@@ -37,4 +37,19 @@ class WeightedLoss:
         return (self.weights(models, frozen) * losses).sum()
 
 
-Loss = Callable[[Models, Any], Tensor] | WeightedLoss
+@dataclass(eq=False)
+class ReplayedLoss:
+    """A loss that makes a choice, such as top-k, which every derivative of its step repeats.
+
+    Attributes:
+        loss: `(models, batch, choice=None) -> (loss, choice)`. Given `choice`, it is used in place
+            of a new one. It counts as constant.
+    """
+
+    loss: Callable[..., tuple[Tensor, Any]]
+
+    def __call__(self, models: Models, batch: Any) -> Tensor:
+        return self.loss(models, batch)[0]
+
+
+Loss = Callable[[Models, Any], Tensor] | WeightedLoss | ReplayedLoss

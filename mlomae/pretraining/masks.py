@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from mlomae.distributed.collectives import rank
 from mlomae.models.mae import num_kept
 from mlomae.models.precision import at_least_float32
 from mlomae.pretraining.recipe import Recipe
@@ -23,10 +23,9 @@ class MaskedBatch(NamedTuple):
     """
 
     images: Tensor  # [B, C, H, W]
-    num_keep: int | None = None  # visible patches; None for those of the model's mask_ratio
+    num_keep: int  # visible patches
     temperature: float = 0.0  # of the Gumbel noise on the scores; 0 hides the highest scores
     seed: int = 0  # of the noise
-    chosen: list[Tensor] | None = None  # [B, N], each patch's place, once a coupled loss chose it
 
     def generator(self) -> torch.Generator:
         """A new generator on the images' device, at the start of this batch's noise."""
@@ -41,47 +40,44 @@ class MaskSchedule:
 
     Attributes:
         mask_ratio, temperature: at the first and at the last step.
-        num_patches: patches of an image; 0 leaves the ratio to the model.
+        num_patches: patches of an image.
         num_steps: optimizer steps of the whole run.
     """
 
+    num_patches: int
     mask_ratio: tuple[float, float] = (0.75, 0.75)
     temperature: tuple[float, float] = (0.0, 0.0)
-    num_patches: int = 0
     num_steps: int = 1
     seed: int = 0
 
     @classmethod
     def of(cls, recipe: Recipe, num_steps: int) -> "MaskSchedule":
         """The schedule of a recipe."""
-        own = recipe.masking
-        end = own.mask_ratio if own.mask_ratio_end is None else own.mask_ratio_end
-        noise = own.temperature if own.selection == "gumbel_top_k" else 0.0
-        coldest = noise if own.temperature_end is None else own.temperature_end
+        masking = recipe.masking
+        end = masking.mask_ratio if masking.mask_ratio_end is None else masking.mask_ratio_end
+        noise = masking.temperature if masking.selection == "gumbel_top_k" else 0.0
+        coldest = noise if masking.temperature_end is None else masking.temperature_end
         return cls(
-            (own.mask_ratio, end),
-            (noise, coldest),
             recipe.model.num_patches,
+            (masking.mask_ratio, end),
+            (noise, coldest),
             num_steps,
             recipe.seed,
         )
 
-    def num_keep(self, step: int) -> int | None:
-        """Visible patches of an image in a step; None for the model's own number."""
-        ratio = self._at(step, self.mask_ratio)
-        return num_kept(self.num_patches, ratio) if self.num_patches else None
+    def num_keep(self, step: int) -> int:
+        """Visible patches of an image in a step."""
+        return num_kept(self.num_patches, self._at(step, self.mask_ratio))
 
     def batches(self, micro_batches: list[Tensor], step: int) -> list[MaskedBatch]:
         """The images [B, C, H, W] of one step, with what decides their masks."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
         first = step * len(micro_batches)
         return [
             MaskedBatch(
                 images,
                 self.num_keep(step),
                 self._at(step, self.temperature),
-                hashed(self.seed, rank, first + i),
-                [],
+                hashed(self.seed, rank(), first + i),
             )
             for i, images in enumerate(micro_batches)
         ]

@@ -4,13 +4,13 @@ Source: Guo et al., "Downstream Task Guided Masking Learning in Masked Autoencod
 Multi-Level Optimization", arXiv 2402.18128.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlomae.hypergrad import Estimator, Multilevel, WeightedLoss
-from mlomae.hypergrad.losses import Loss, Models
+from mlomae.hypergrad.losses import Loss, Models, ReplayedLoss
 from mlomae.models import Scorer, gumbel_keys
 from mlomae.pretraining.masks import MaskedBatch, MaskSchedule, Weighting, loss_weights
 from mlomae.training.engines import TrainingLevel, evaluating
@@ -57,7 +57,7 @@ class FrozenReconstruction(WeightedLoss):
         return loss_weights(models["mask"](choice.embedding), choice.mask, self.weighting)
 
 
-class CoupledReconstruction:
+class CoupledReconstruction(ReplayedLoss):
     """Level 1 as the public code has it: w also moves the scores, which read its embedding.
 
     That second route lets the encoder lower its loss by making hard patches look unimportant; the
@@ -71,22 +71,27 @@ class CoupledReconstruction:
     choice: Choice
 
     def __init__(self, weighting: Weighting = "published") -> None:
+        super().__init__(self._loss)
         self.weighting = weighting
 
-    def __call__(self, models: Models, batch: MaskedBatch) -> Tensor:
-        scorer = _Selection(models["mask"], batch)
+    def _loss(
+        self, models: Models, batch: MaskedBatch, choice: Choice | None = None
+    ) -> tuple[Tensor, Choice]:
+        scorer = _Selection(models["mask"], batch, choice)
         out = models["pretrain"](batch.images, scorer=scorer, num_keep=batch.num_keep, coupled=True)
-        if not batch.chosen:
-            self.choice = Choice(
+        loss = (loss_weights(scorer.scores, out["mask"], self.weighting) * out["patch_loss"]).sum()
+        if choice is None:
+            choice = self.choice = Choice(
                 out["embedding"], scorer.scores.detach(), out["mask"], out["restore"]
             )
-            if batch.chosen is not None:
-                batch.chosen.append(out["restore"])
-        return (loss_weights(scorer.scores, out["mask"], self.weighting) * out["patch_loss"]).sum()
+        return loss, choice
 
 
 class _Selection:
     """Scores patches, and orders them by score or by a Gumbel draw around it.
+
+    Args:
+        choice: repeats the order of an earlier pass, with new scores.
 
     Attributes:
         scores: [B, N], of the masking network.
@@ -94,15 +99,16 @@ class _Selection:
 
     scores: Tensor
 
-    def __init__(self, network: Scorer, batch: MaskedBatch) -> None:
+    def __init__(self, network: Scorer, batch: MaskedBatch, choice: Choice | None = None) -> None:
         self.network = network
         self.batch = batch
+        self.choice = choice
 
     def __call__(self, embedding: Tensor) -> Tensor:
         """Embeddings [B, N, D] -> keys [B, N], of which the largest are hidden."""
         self.scores = self.network(embedding)
-        if self.batch.chosen:
-            return self.batch.chosen[0].to(self.scores.dtype)
+        if self.choice is not None:
+            return self.choice.restore.to(self.scores.dtype)
         if not self.batch.temperature:
             return self.scores
         return gumbel_keys(self.scores.detach(), self.batch.temperature, self.batch.generator())
@@ -159,17 +165,30 @@ HEAD_LOSSES: dict[str, Loss] = {
 """The loss of levels 2 and 3 by what their labels are."""
 
 
-LEVELS: dict[str, dict[str, Any]] = {
-    "pretrain": {"upper": ("mask",)},
-    "classifier": {"loss": classification_loss, "lower": ("pretrain",)},
-    "mask": {"loss": classification_loss, "lower": ("pretrain", "classifier")},
-}
-"""What each level's loss is and reads; `pretrain` gets a reconstruction loss of its own, and
-`HEAD_LOSSES` has others for the other two."""
+class LevelLoss(NamedTuple):
+    """The loss of a level and the levels that it reads, as `mlomae.hypergrad.Level` has them."""
+
+    loss: Loss
+    lower: tuple[str, ...] = ()
+    upper: tuple[str, ...] = ()
 
 
-class MloMae:
-    """The three levels of one MLO-MAE cycle.
+def level_losses(reconstruction: Loss, head: Loss = classification_loss) -> dict[str, LevelLoss]:
+    """The three coupled levels, lowest first.
+
+    Args:
+        reconstruction: of `pretrain`.
+        head: of `classifier` and `mask`, one of `HEAD_LOSSES`.
+    """
+    return {
+        "pretrain": LevelLoss(reconstruction, upper=("mask",)),
+        "classifier": LevelLoss(head, lower=("pretrain",)),
+        "mask": LevelLoss(head, lower=("pretrain", "classifier")),
+    }
+
+
+class MloMaeProblem(Multilevel):
+    """The three levels of MLO-MAE, and how each steps in a cycle.
 
     `pretrain` holds encoder and decoder w, `classifier` the head C on the encoder's features,
     `mask` the masking network theta.
@@ -177,10 +196,10 @@ class MloMae:
     Args:
         estimator: of the hypergradient by theta.
         keep_activations: as `Multilevel` has it.
-        schedule: of mask ratio and temperature; None for the model's ratio and top-k.
+        schedule: of mask ratio and temperature.
 
     Raises:
-        ValueError: the estimator cannot work with these levels; says why, and the mend.
+        ValueError: the estimator cannot work with these levels; says why, and the fix.
     """
 
     def __init__(
@@ -190,35 +209,15 @@ class MloMae:
         mask: TrainingLevel,
         *,
         estimator: Estimator,
+        schedule: MaskSchedule,
         keep_activations: bool = True,
-        schedule: MaskSchedule | None = None,
     ) -> None:
+        levels = (pretrain, classifier, mask)
+        super().__init__(levels, estimator=estimator, keep_activations=keep_activations)
         self.pretrain = pretrain
         self.classifier = classifier
         self.mask = mask
-        self.schedule = schedule or MaskSchedule()
-        levels = [level.level for level in (pretrain, classifier, mask)]
-        self.problem = Multilevel(levels, estimator=estimator, keep_activations=keep_activations)
-
-    @property
-    def _choice(self) -> Choice:
-        loss: FrozenReconstruction | CoupledReconstruction = self.pretrain.level.loss
-        return loss.choice
-
-    @property
-    def mask_frequency(self) -> Tensor:
-        """How often each patch was hidden in the latest encoder step, [N]."""
-        return self._choice.mask.mean(dim=0)
-
-    @property
-    def scores(self) -> Tensor:
-        """Scores of the latest encoder step, [B, N]."""
-        return self._choice.scores
-
-    @property
-    def num_keep(self) -> int | None:
-        """Visible patches of an image in the next step; None for the model's own number."""
-        return self.schedule.num_keep(self.pretrain.num_steps)
+        self.schedule = schedule
 
     def pretrain_step(self, micro_batches: list[Tensor]) -> None:
         """Level 1: one step of w.
@@ -226,7 +225,7 @@ class MloMae:
         Args:
             micro_batches: images [B, C, H, W], as many as the level accumulates.
         """
-        self.pretrain.step(*self.schedule.batches(micro_batches, self.pretrain.num_steps))
+        self.pretrain.step(*self.schedule.batches(micro_batches, self.pretrain.num_steps_done))
 
     def classifier_step(self, images: Tensor, labels: Tensor) -> None:
         """Level 2: one step of C on the features of the encoder, which stays as it is.
@@ -243,15 +242,10 @@ class MloMae:
 
         Without the recorded steps below (one was skipped as non-finite) this one is skipped, too.
         """
-        lower = [self.pretrain.level, self.classifier.level]
-        if all(level.is_recorded for level in lower):
+        if self.pretrain.is_recorded and self.classifier.is_recorded:
             with evaluating(self.pretrain, self.classifier):
-                found = self.problem.hypergradient("mask", (images, labels))
-            self.mask.step_along(found)
+                hypergradient = self.hypergradient("mask", (images, labels))
+            self.mask.step_along(hypergradient)
         else:
             self.mask.skip("a step below it was skipped")
-        self.problem.clear()
-
-    def picture_scorer(self) -> Scorer:
-        """Scores images for a picture, without the noise of a draw."""
-        return self.mask
+        self.clear()

@@ -1,36 +1,24 @@
-"""The pretraining program: MAE and MLO-MAE from a recipe to engines, streams and a method."""
-
-from collections.abc import Sequence
-from typing import Any
+"""The pretraining program: MAE and MLO-MAE from a recipe to engines, streams and a task."""
 
 import torch
 from torch import nn
 
-from mlomae.errors import UserError
 from mlomae.foreign import check_weights
 from mlomae.pretraining.images import LevelImages, plan_images
-from mlomae.pretraining.mae import BaselineReconstruction, Mae, baseline_scorer
-from mlomae.pretraining.masks import MaskSchedule
+from mlomae.pretraining.mae import BaselineReconstruction, baseline_scorer
 from mlomae.pretraining.mlo_mae import (
     HEAD_LOSSES,
-    LEVELS,
     CoupledReconstruction,
     FrozenReconstruction,
-    MloMae,
+    LevelLoss,
+    level_losses,
 )
 from mlomae.pretraining.networks import BUILDERS, build_model, load_initial_weights
 from mlomae.pretraining.recipe import Recipe
-from mlomae.pretraining.task import Pretraining
-from mlomae.recipe.hypergradient import build_estimator
-from mlomae.training.command_line import launch
+from mlomae.pretraining.task import MaePretraining, MloMaePretraining, Pretraining
 from mlomae.training.engines import TrainingLevel
 from mlomae.training.program import Job, Program
 from mlomae.training.task import count_cycles
-
-
-def main(recipe: str, deepspeed_config: str, resume: bool, overrides: Sequence[str]) -> int:
-    """Pretrain as `launch/pretrain.py` was asked to, and return the exit code."""
-    return launch(PretrainingProgram(), recipe, deepspeed_config, resume, overrides)
 
 
 class PretrainingProgram(Program[Recipe]):
@@ -56,54 +44,39 @@ class PretrainingProgram(Program[Recipe]):
             check_weights(model, job.recipe.init_from, expected=job.recipe.init_from_expected)
 
     def build(self, job: Job[Recipe]) -> Pretraining:
-        """Engines, and the method on them."""
+        """Engines, and the method's task on them."""
         num_cycles = count_cycles(job.recipe, self.images["pretrain"].num_images)
-        levels = build_levels(job, num_cycles)
-        return Pretraining(job.recipe, build_method(job.recipe, levels), levels, self.images)
+        return build_task(job.recipe, build_levels(job, num_cycles), self.images)
+
+
+def losses_of(recipe: Recipe) -> dict[str, LevelLoss]:
+    """The loss of each level of a recipe, and the levels which it reads."""
+    if recipe.method == "mae":
+        return {"pretrain": LevelLoss(BaselineReconstruction(baseline_scorer(recipe)))}
+    is_frozen = recipe.masking.scores == "frozen"
+    reconstruction = FrozenReconstruction if is_frozen else CoupledReconstruction
+    head = HEAD_LOSSES[recipe.labelled.task]
+    return level_losses(reconstruction(recipe.masking.weighting), head)
 
 
 def build_levels(job: Job[Recipe], num_cycles: int) -> dict[str, TrainingLevel]:
     """A DeepSpeed engine for each level of the recipe. All ranks must call."""
     recipe, levels = job.recipe, {}
-    for name in recipe.levels:
+    for name, loss in losses_of(recipe).items():
         module = BUILDERS[name](recipe)
         if name == "pretrain" and not job.is_continued:
             load_initial_weights(module, recipe)
-        levels[name] = job.build_level(
-            name, module, num_cycles=num_cycles, **coupling(recipe, name)
-        )
+        levels[name] = job.build_level(name, module, num_cycles=num_cycles, **loss._asdict())
     return levels
 
 
-def coupling(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Loss of a level, and the levels which it reads."""
-    if recipe.method == "mae":
-        return {"loss": BaselineReconstruction(baseline_scorer(recipe))}
-    if name != "pretrain":
-        return LEVELS[name] | {"loss": HEAD_LOSSES[recipe.labelled.task]}
-    frozen = recipe.masking.scores == "frozen"
-    reconstruction = FrozenReconstruction if frozen else CoupledReconstruction
-    return LEVELS[name] | {"loss": reconstruction(recipe.masking.weighting)}
-
-
-def build_method(recipe: Recipe, levels: dict[str, TrainingLevel]) -> Mae | MloMae:
-    """The recipe's method on its levels. All ranks must call.
+def build_task(
+    recipe: Recipe, levels: dict[str, TrainingLevel], images: dict[str, LevelImages]
+) -> Pretraining:
+    """The task of the recipe's method. All ranks must call.
 
     Raises:
         UserError: the recipe's estimator cannot work with these engines.
     """
-    schedule = MaskSchedule.of(recipe, levels["pretrain"].total_steps)
-    if recipe.method == "mae":
-        return Mae(**levels, schedule=schedule)
-    section = recipe.hypergradient
-    try:
-        return MloMae(
-            **levels,
-            estimator=build_estimator(section),
-            keep_activations=section.keep_activations,
-            schedule=schedule,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"hypergradient.estimator {section.estimator} cannot be used: {error}"
-        ) from None
+    task = MaePretraining if recipe.method == "mae" else MloMaePretraining
+    return task(recipe, levels, images)

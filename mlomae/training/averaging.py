@@ -39,4 +39,4 @@ class WeightAverage:
         return full_weights(self.level, self.shards, everywhere=everywhere)
 
     def _masters(self) -> list[Tensor]:
-        return [shard.detach() for shard in self.level.level.partition.shards()]
+        return [shard.detach() for shard in self.level.partition.shards()]

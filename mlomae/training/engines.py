@@ -14,7 +14,7 @@ from timm.optim import Lars, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import Tensor, nn
 
-from mlomae.distributed.collectives import _agree
+from mlomae.distributed.collectives import all_agree
 from mlomae.hypergrad import Hypergradient, Level
 from mlomae.hypergrad.losses import Loss
 from mlomae.hypergrad.partition import Vector
@@ -29,32 +29,44 @@ class NonFiniteError(RuntimeError):
     """Training met a non-finite loss or gradient several times in a row."""
 
 
-class TrainingLevel:
+class TrainingLevel(Level):
     """A level on a DeepSpeed engine, with its learning-rate schedule and its guard.
 
+    `step` and `apply` take the optimizer step on all ranks, or on none when one rank saw a number
+    that is not finite.
+
     Attributes:
-        name: as the recipe calls it, such as `pretrain`, `classifier` or `mask`.
-        level: the hypergradient library's view of it, with its loss.
-        engine: the DeepSpeed engine.
-        total_steps: optimizer steps of the whole run; sizes the schedules.
-        num_steps: optimizer steps taken or skipped so far.
-        loss, grad_norm, lr: of the latest step, on this rank (the norm is global; the rate is that
-            of the parameter groups that learn fastest).
+        engine: the DeepSpeed engine, which is also the level's `model`.
+        total_steps: optimizer steps of the whole run; sizes the schedule.
+        num_steps_done: optimizer steps taken or skipped so far.
+        num_skipped: of these, the latest ones that were skipped in a row.
+        latest_loss, grad_norm, lr: of the latest step, on this rank (the norm is global; the rate
+            is that of the parameter groups that learn fastest).
     """
 
     def __init__(
-        self, level: Level, recipe: LevelRecipe, total_steps: int, warmup_steps: int
+        self,
+        name: str,
+        engine: Any,
+        recipe: LevelRecipe,
+        *,
+        loss: Loss,
+        lower: Sequence[str] = (),
+        upper: Sequence[str] = (),
+        total_steps: int,
+        warmup_steps: int,
     ) -> None:
-        self.name = level.name
-        self.level = level
-        self.engine = level.model
+        super().__init__(
+            name, engine, loss=loss, lower=lower, upper=upper, num_steps=recipe.steps_per_cycle
+        )
+        self.engine = engine
         self.total_steps = total_steps
-        self.num_steps = 0
+        self.num_steps_done = 0
         self.num_skipped = 0
-        self.loss = self.grad_norm = self.lr = math.nan
+        self.latest_loss = self.grad_norm = self.lr = math.nan
         kind = CosineLRScheduler if recipe.schedule == "cosine" else _LinearLRScheduler
-        self._scheduler = kind(
-            level.optimizer,
+        self._rate_schedule = kind(
+            self.optimizer,
             t_initial=max(1, total_steps - warmup_steps),
             lr_min=recipe.min_lr,
             warmup_t=warmup_steps,
@@ -67,77 +79,80 @@ class TrainingLevel:
         """Forward pass through the engine."""
         return self.engine(*args, **kwargs)
 
-    def step(self, *micro_batches: Any) -> bool:
-        """Optimizer step on the level's loss, or none on any rank when one saw a bad number.
+    def backward(self, *micro_batches: Any) -> Tensor:
+        """Leave the gradient of the mean loss in the engine, and return the loss.
 
         Args:
             micro_batches: as many as the level accumulates.
+        """
+        loss = super().backward(*micro_batches)
+        self.latest_loss = float(loss)
+        return loss
 
-        Returns:
-            Whether the step was taken.
+    def step_along(self, hypergradient: Hypergradient) -> None:
+        """Step along a hypergradient of this level in place of its loss's gradient."""
+        self.set_gradient(hypergradient.vector)
+        self.latest_loss = float(hypergradient.loss)
+        self.apply()
+
+    def apply(self) -> None:
+        """The optimizer step; on no rank when one of them saw a bad number.
 
         Raises:
             NonFiniteError: this was the third skipped step in a row.
         """
-        return self._apply(self.level.backward(*micro_batches))
-
-    def step_along(self, hypergradient: Hypergradient) -> bool:
-        """The same along a hypergradient of this level."""
-        self.level.set_gradient(hypergradient.vector)
-        return self._apply(hypergradient.loss)
-
-    def _apply(self, loss: Tensor) -> bool:
-        self._scheduler.step_update(self.num_steps)
-        self.num_steps += 1
-        self.loss = float(loss)
-        self.lr = max(group["lr"] for group in self.level.optimizer.param_groups)
-        self.grad_norm = self.level.partition.gradient_norm()
-        if _agree(math.isfinite(self.loss) and math.isfinite(self.grad_norm), loss.device):
+        self._rate_schedule.step_update(self.num_steps_done)
+        self.num_steps_done += 1
+        self.lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.grad_norm = self.partition.gradient_norm()
+        is_finite = math.isfinite(self.latest_loss) and math.isfinite(self.grad_norm)
+        if all_agree(is_finite, self.engine.device):
             self.num_skipped = 0
-            self.level.apply()
-            return True
+            super().apply()
+            return
+        self.discard()
+        self._count_skipped()
 
-        self.level.discard()
+    def _count_skipped(self) -> None:
         self.num_skipped += 1
         logger.warning(
             "skipped %s step %d on all ranks: loss %s, gradient norm %s on rank %d",
             self.name,
-            self.num_steps,
-            self.loss,
+            self.num_steps_done,
+            self.latest_loss,
             self.grad_norm,
             dist.get_rank(),
         )
         if self.num_skipped == MAX_SKIPPED_STEPS:
             raise NonFiniteError(
                 f"{self.name}: loss or gradient was not finite for {MAX_SKIPPED_STEPS} steps in a "
-                f"row (up to step {self.num_steps}); lower {self.name}.lr, lengthen "
+                f"row (up to step {self.num_steps_done}); lower {self.name}.lr, lengthen "
                 f"{self.name}.warmup_epochs or set {self.name}.gradient_clipping, and start again "
                 "in another output_dir; --resume goes on from the last checkpoint, which helps "
                 "when a passing fault of a machine was the cause"
             )
-        return False
 
     def counters(self) -> dict[str, int]:
         """What a resumed level has to count on from."""
         return {
-            "num_steps": self.num_steps,
+            "num_steps": self.num_steps_done,
             "num_skipped": self.num_skipped,
             "global_steps": self.engine.global_steps,
         }
 
     def set_counters(self, num_steps: int, num_skipped: int, global_steps: int) -> None:
         """Take back what `counters` gave."""
-        self.num_steps, self.num_skipped = num_steps, num_skipped
+        self.num_steps_done, self.num_skipped = num_steps, num_skipped
         self.engine.global_steps = global_steps
         self.engine.global_samples = global_steps * self.engine.train_batch_size()
         self.engine.micro_steps = global_steps * self.engine.gradient_accumulation_steps()
 
     def skip(self, reason: str) -> None:
         """Take no step in this cycle, for a reason that all ranks know and that lies elsewhere."""
-        self._scheduler.step_update(self.num_steps)
-        self.num_steps += 1
-        self.loss = self.grad_norm = math.nan
-        logger.warning("skipped %s step %d: %s", self.name, self.num_steps, reason)
+        self._rate_schedule.step_update(self.num_steps_done)
+        self.num_steps_done += 1
+        self.latest_loss = self.grad_norm = math.nan
+        logger.warning("skipped %s step %d: %s", self.name, self.num_steps_done, reason)
 
 
 _LinearLRScheduler = partial(PolyLRScheduler, power=1.0)
@@ -167,10 +182,16 @@ def build_level(
     """
     optimizer = build_optimizer(module, recipe, param_groups)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
-    level = Level(
-        name, engine, loss=loss, lower=lower, upper=upper, num_steps=recipe.steps_per_cycle
+    return TrainingLevel(
+        name,
+        engine,
+        recipe,
+        loss=loss,
+        lower=lower,
+        upper=upper,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
     )
-    return TrainingLevel(level, recipe, total_steps, warmup_steps)
 
 
 @contextmanager
@@ -215,7 +236,7 @@ def full_weights(
         shards: another vector in the level's weight space than its fp32 masters.
         everywhere: on all ranks; else the weights are on the first rank alone.
     """
-    partition = level.level.partition
+    partition = level.partition
     if shards is None:
         shards = [shard.detach().flatten() for shard in partition.shards()]
     weights = {}

@@ -25,6 +25,7 @@ from mlomae import checkpoint
 from mlomae.checkpoint.choice import choose
 from mlomae.checkpoint.files import replace_text
 from mlomae.checkpoint.folders import RECIPE_FILE
+from mlomae.distributed.collectives import from_first_rank
 from mlomae.distributed.start import launched_world_size
 from mlomae.distributed.watchdog import mark, watching
 from mlomae.hypergrad.losses import Loss
@@ -177,10 +178,10 @@ def run_job(program: Program[R], job: Job[R]) -> None:
     with ExitStack() as stack:
         stack.enter_context(watching(recipe.monitor.hang_timeout))
         # Every rank has passed its checks before the first file is written.
-        is_finished = [job.resume and (folder / SUMMARY_FILE).is_file()]
-        dist.broadcast_object_list(is_finished)  # nodes may see a network's folder differently
+        # nodes may see a network's folder differently
+        is_finished = from_first_rank(job.resume and (folder / SUMMARY_FILE).is_file())
         dist.barrier()
-        if is_finished[0]:
+        if is_finished:
             logger.info("%s is finished: nothing is left to do", folder)
             return
         if dist.get_rank() == 0:

@@ -37,7 +37,7 @@ def write_report(
         ("method", recipe.method),
         ("images", f"{recipe.data.train} ({task.num_images} for {first})"),
         ("started from", " and ".join(map(str, recipe.init_from)) or "random weights"),
-        ("epochs", f"{recipe.epochs:g} ({task.first_level.num_steps} steps of {first})"),
+        ("epochs", f"{recipe.epochs:g} ({task.first_level.num_steps_done} steps of {first})"),
         ("batch", f"{recipe.levels[first].batch_size} over {summary['world_size']} ranks"),
         ("seed", str(recipe.seed)),
         ("training time", f"{summary['seconds']:.0f} s"),

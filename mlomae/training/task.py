@@ -158,7 +158,7 @@ class Task(ABC):
     def measure(self, name: str, norm: str = "grad_norm") -> None:
         """Count loss, rate and gradient norm of a level's latest step."""
         level = self.levels[name]
-        self.meters.add(f"{name}/loss", level.loss)
+        self.meters.add(f"{name}/loss", level.latest_loss)
         self.meters.add(f"{name}/lr", level.lr)
         self.meters.add(f"{name}/{norm}", level.grad_norm)
 

@@ -127,7 +127,10 @@ class Trainer:
             "images_per_second": num_cycles * self.task.images_per_cycle / elapsed,
         }
         for name, level in self.task.levels.items():
-            record |= {f"{name}/step": level.num_steps, f"{name}/num_skipped": level.num_skipped}
+            record |= {
+                f"{name}/step": level.num_steps_done,
+                f"{name}/num_skipped": level.num_skipped,
+            }
         record |= self.task.meters.reduce()
         monitor.write(record)
         logger.info("%s", _one_line(record))
@@ -207,17 +210,17 @@ class Trainer:
         return _Handlers(stop)
 
     def _headline(self) -> str:
-        losses = [f"{name} {level.loss:.3f}" for name, level in self.task.levels.items()]
+        losses = [f"{name} {level.latest_loss:.3f}" for name, level in self.task.levels.items()]
         return f"{self.recipe.method}  loss: {'  '.join(losses)}"
 
     def _summarise(self) -> None:
         if dist.get_rank():
             return
         seconds, first = self.progress.seconds, self.task.first_level
-        num_images = first.num_steps * self.recipe.levels[first.name].batch_size
+        num_images = first.num_steps_done * self.recipe.levels[first.name].batch_size
         summary = {
             "seconds": seconds,
-            f"{first.name}_steps": first.num_steps,
+            f"{first.name}_steps": first.num_steps_done,
             "images_per_second": num_images / seconds,
             "world_size": dist.get_world_size(),
         }

@@ -62,7 +62,7 @@ def _build(case: tuple[int, str, str], seed: int) -> Any:
 
 def _whole(level: Any, average: list[Tensor]) -> dict[str, Tensor]:
     """Everything that the level holds, put together by the partition's own gathering."""
-    partition = level.level.partition
+    partition = level.partition
     shards, state = partition.shards(), partition.optimizer.state
     names = list(partition.shapes)
     found = {}
@@ -95,8 +95,8 @@ def write(folder: Path) -> dict[tuple[int, str, str], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(dist.get_rank())
         for _ in range(NUM_STEPS):
             batch = torch.randn(2, 5, generator=generator)
-            level.step(batch.to(level.level.dtype))
-        average = [s.detach().flatten() * 0.5 for s in level.level.partition.shards()]
+            level.step(batch.to(level.dtype))
+        average = [s.detach().flatten() * 0.5 for s in level.partition.shards()]
         place = folder / "_".join(map(str, case))
         place.mkdir(parents=True, exist_ok=True)
         if own := pieces(level, {"average": average}):
@@ -119,7 +119,7 @@ def read(
             if source[2] != case[2]:
                 continue
             level = _build(case, seed=1)
-            average = level.level.partition.zeros()
+            average = level.partition.zeros()
             place = folder / "_".join(map(str, source))
             restore(level, {"average": average}, kinds[source], place)
             found[source, case] = _whole(level, average)

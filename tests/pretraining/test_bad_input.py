@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_ffcv.convert import convert
-from mlomae.pretraining import program as train
+from mlomae.pretraining.program import PretrainingProgram
 from mlomae.training import command_line
 from tests.ranks import run_ranks
 from tests.runs import Setup, mounted_tmpfs, tree
@@ -36,7 +36,7 @@ def refused(
     def launch(*overrides: str, run: str = "run", **more: Any) -> str:
         arguments = setup.launch(run, *overrides, **more)
         before = tree(setup.folder)
-        assert train.main(**arguments) == 2
+        assert command_line.launch(PretrainingProgram(), **arguments) == 2
         assert tree(setup.folder) == before
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err

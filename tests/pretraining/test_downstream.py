@@ -16,10 +16,11 @@ from torch import Tensor
 from data_ffcv import inspect_images, open_stream
 from data_ffcv.convert import convert
 from mlomae.pretraining.images import plan_images
-from mlomae.pretraining.mae import BaselineReconstruction, Mae
+from mlomae.pretraining.mae import BaselineReconstruction
 from mlomae.pretraining.masks import MaskedBatch
 from mlomae.pretraining.program import PretrainingProgram
 from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.task import MaePretraining
 from mlomae.recipe import load_recipe
 from mlomae.training.program import check_job, make_job
 from tests.pretraining.test_bad_input import refused  # noqa: F401
@@ -266,18 +267,18 @@ def _first_step(
     task = program.build(job)
     seen: list[list[Tensor]] = []
     losses: list[float] = []
-    step = Mae.pretrain_step
+    step = MaePretraining.pretrain_step
 
-    def look(method: Mae, micro_batches: list[Tensor]) -> None:
+    def look(task: MaePretraining, micro_batches: list[Tensor]) -> Tensor:
         if not seen:
-            batches = method.schedule.batches(micro_batches, 0)
-            model = method.pretrain.engine.module
-            losses.append(_mean_loss(model, method.pretrain.level.loss, batches))
+            batches = task.schedule.batches(micro_batches, 0)
+            losses.append(_mean_loss(task.pretrain.engine.module, task.loss, batches))
         seen.append(micro_batches)
-        step(method, micro_batches)
-        losses.append(method.pretrain.loss)
+        mask = step(task, micro_batches)
+        losses.append(task.pretrain.latest_loss)
+        return mask
 
-    with ExitStack() as stack, mock.patch.object(Mae, "pretrain_step", look):
+    with ExitStack() as stack, mock.patch.object(MaePretraining, "pretrain_step", look):
         task.open(0, stack)
         task.cycle()
     return seen[0], losses[1], losses[0]

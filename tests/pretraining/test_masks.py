@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlomae.pretraining.masks import MaskedBatch, MaskSchedule, loss_weights
+from mlomae.pretraining.masks import MaskSchedule, loss_weights
 from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import load_recipe
 
@@ -11,7 +11,7 @@ IMAGES = torch.zeros(2, 3, 4, 4)
 
 
 def test_ratio_and_temperature_move_in_a_line_from_first_to_last_step():
-    schedule = MaskSchedule((0.25, 0.75), (2.0, 0.0), num_patches=64, num_steps=5)
+    schedule = MaskSchedule(64, (0.25, 0.75), (2.0, 0.0), num_steps=5)
     assert [schedule.num_keep(step) for step in range(6)] == [48, 40, 32, 24, 16, 16]
     batches = [schedule.batches([IMAGES], step)[0] for step in range(5)]
     assert [batch.temperature for batch in batches] == [2.0, 1.5, 1.0, 0.5, 0.0]
@@ -19,12 +19,12 @@ def test_ratio_and_temperature_move_in_a_line_from_first_to_last_step():
 
 
 def test_a_single_step_has_the_first_values():
-    assert MaskSchedule((0.5, 0.9), num_patches=100, num_steps=1).num_keep(0) == 50
+    assert MaskSchedule(100, (0.5, 0.9), num_steps=1).num_keep(0) == 50
 
 
 def test_noise_differs_between_draws_steps_and_seeds_and_comes_again():
     def noise(seed: int, step: int) -> list[torch.Tensor]:
-        batches = MaskSchedule(seed=seed).batches([IMAGES, IMAGES], step)
+        batches = MaskSchedule(16, seed=seed).batches([IMAGES, IMAGES], step)
         return [torch.rand(4, generator=batch.generator()) for batch in batches]
 
     drawn = [*noise(0, 0), *noise(0, 1), *noise(1, 0)]
@@ -32,9 +32,9 @@ def test_noise_differs_between_draws_steps_and_seeds_and_comes_again():
     assert all(map(torch.equal, noise(0, 1), drawn[2:4]))
 
 
-def test_a_plain_batch_leaves_all_to_the_model():
-    assert MaskedBatch(IMAGES)[1:] == (None, 0.0, 0, None)
-    assert MaskSchedule().num_keep(7) is None
+def test_a_plain_schedule_hides_the_highest_scores_of_three_quarters():
+    (batch,) = MaskSchedule(16).batches([IMAGES], 7)
+    assert batch[1:3] == (4, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_plain_batch_leaves_all_to_the_model():
 def test_a_recipe_sets_the_schedule(overrides, ratio, temperature):
     recipe = load_recipe("quickstart_mlo_mae", Recipe, [*overrides, "seed=5"])
     schedule = MaskSchedule.of(recipe, num_steps=9)
-    assert schedule == MaskSchedule(ratio, temperature, 16, 9, 5)
+    assert schedule == MaskSchedule(16, ratio, temperature, 9, 5)
 
 
 def test_weights_as_published_and_normalized():

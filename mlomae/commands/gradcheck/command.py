@@ -89,7 +89,7 @@ def run(job: Job[Recipe], original: Recipe) -> int:
     bench.compare(rows)
     _print_table(console, rows, unit)
     (own,) = (row for row in rows if row.is_own)
-    sentence, is_within = judge(own, levels["pretrain"].level.dtype)
+    sentence, is_within = judge(own, levels["pretrain"].dtype)
     console.print(f"\n{sentence}")
     dist.barrier()  # a launcher kills rank 0 as soon as another one has ended
     return 0 if is_within else 1
@@ -152,7 +152,7 @@ def _print_header(
     stage = int(level.engine.zero_optimization_stage())
     num_ranks = dist.get_world_size()
     console.print(
-        f"{job.recipe_name} with {job.config_name}: {_name(level.level.dtype)}, ZeRO stage "
+        f"{job.recipe_name} with {job.config_name}: {_name(level.dtype)}, ZeRO stage "
         f"{stage}, {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}.\n"
         f"Reduced: {', '.join(list_reductions(original, job.recipe)) or 'nothing'}.\n"
         "DeepSpeed's buckets are no larger than the model, learning rates stay at their peak.\n"

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mlomae.hypergrad import WeightedLoss
-from mlomae.hypergrad.losses import Loss, Models
+from mlomae.distributed.collectives import gather_objects
+from mlomae.hypergrad.losses import Loss, Models, ReplayedLoss
 from mlomae.hypergrad.randomness import restored
 from mlomae.hypergrad.records import MicroBatch
 from mlomae.hypergrad.reference import OptimizerRules, ReferenceLevel, hypergradient, to_double
 from mlomae.models.mae import num_kept
 from mlomae.pretraining.mlo_mae import HEAD_LOSSES, UNLABELLED
 from mlomae.pretraining.networks import BUILDERS
-from mlomae.pretraining.program import coupling
+from mlomae.pretraining.program import losses_of
 from mlomae.pretraining.recipe import Recipe
 from mlomae.randomness import hashed
 from mlomae.recipe import ModelRecipe
@@ -149,7 +149,7 @@ class Truth:
         self._head_loss = HEAD_LOSSES[recipe.labelled.task]
         self._levels = levels
         self._device = levels["pretrain"].engine.device
-        self._before = {n: deque[Any](maxlen=lv.level.num_steps) for n, lv in levels.items()}
+        self._before = {n: deque[Any](maxlen=lv.num_steps) for n, lv in levels.items()}
 
     def note(self, level: TrainingLevel) -> None:
         """Remember a level's state before its next step. All ranks must call."""
@@ -169,7 +169,7 @@ class Truth:
             return self._head_loss(models, batch)
 
         target = self._module("mask", _weights(self._levels["mask"]))
-        levels.append(ReferenceLevel("mask", target, validation_loss, [self._everybodys(batch)]))
+        levels.append(ReferenceLevel("mask", target, validation_loss, [self._of_all_ranks(batch)]))
         with restored(self._device):
             return hypergradient(levels, "mask")
 
@@ -182,35 +182,34 @@ class Truth:
         rules.memory = memory
         is_first = name == "pretrain"
         loss = _PretrainLoss(self._recipe) if is_first else _ClassifierLoss(self._head_loss)
-        records = list(self._levels[name].level.records)[-num_steps:]
-        batches = [[m for own in r.micro_batches for m in self._passes(own)] for r in records]
+        records = list(self._levels[name].records)[-num_steps:]
+        batches = [[m for part in r.micro_batches for m in self._passes(part)] for r in records]
         return ReferenceLevel(name, module, loss, batches, rules)
 
     def _module(self, name: str, weights: Weights) -> nn.Module:
         module = BUILDERS[name](self._recipe).to(self._device).double()
         module.load_state_dict(weights, strict=False)  # fixed positions are no weights
         if name == "classifier":
-            module.dropout = SameDraws(module.dropout.p, self._levels["classifier"].level.dtype)
+            module.dropout = SameDraws(module.dropout.p, self._levels["classifier"].dtype)
         return module
 
     def _passes(self, micro_batch: MicroBatch) -> list[Any]:
         """A micro-batch of every rank, with what was frozen and drawn there."""
-        return self._everybodys((micro_batch.batch, micro_batch.frozen, micro_batch.random_state))
+        return self._of_all_ranks((micro_batch.batch, micro_batch.frozen, micro_batch.random_state))
 
-    def _everybodys(self, value: Any) -> list[Any]:
+    def _of_all_ranks(self, value: Any) -> list[Any]:
         """A value of every rank, in their order, on this rank's device."""
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, _moved(value, torch.device("cpu")))
-        return [_moved(other, self._device) for other in found]
+        values = gather_objects(_moved(value, torch.device("cpu")))
+        return [_moved(other, self._device) for other in values]
 
 
 def _weights(level: TrainingLevel) -> Weights:
-    return to_double(level.level.named(level.level.partition.weights()))
+    return to_double(level.named(level.partition.weights()))
 
 
 def _memory(level: TrainingLevel) -> dict[str, Any]:
     """What the optimizer remembers of each parameter; nothing before the first step."""
-    partition = level.level.partition
+    partition = level.partition
     entries = [partition.optimizer.state.get(shard, {}) for shard in partition.shards()]
     keys = [key for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if key in entries[0]]
     if not keys:
@@ -228,13 +227,13 @@ class _PretrainLoss:
     """The recipe's reconstruction loss, with the masks of the step that was taken."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.loss = coupling(recipe, "pretrain")["loss"]
+        self.loss = losses_of(recipe)["pretrain"].loss
 
     def __call__(self, models: Models, batch: Any) -> Tensor:
         masked, frozen, random_state = batch
         random_state.restore()
-        if not isinstance(self.loss, WeightedLoss):
-            return self.loss(models, masked)
+        if isinstance(self.loss, ReplayedLoss):
+            return self.loss.loss(models, masked, frozen)[0]
         losses, frozen = self.loss.losses(models, masked, frozen)
         return (self.loss.weights(models, frozen) * losses).sum()
 

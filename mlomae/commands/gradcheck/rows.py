@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from mlomae.commands.gradcheck.memory import PeakMemory
 from mlomae.commands.gradcheck.problem import LOWER, Labelled, RandomBatches, Truth, Weights
-from mlomae.hypergrad import FiniteDifference, Hypergradient, Identity, Level
+from mlomae.hypergrad import Estimator, FiniteDifference, Hypergradient, Identity, Level
 from mlomae.hypergrad.reference import cosine, relative_error
 from mlomae.pretraining.masks import MaskSchedule
-from mlomae.pretraining.mlo_mae import MloMae
+from mlomae.pretraining.mlo_mae import MloMaeProblem
 from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import HypergradientRecipe
 from mlomae.recipe.hypergradient import ESTIMATOR_KEYS, build_estimator
@@ -119,8 +119,8 @@ class Bench:
 
     def measure_unit(self) -> Cost:
         """The cost of the forward and backward pass of one encoder step."""
-        method = self._recorder()
-        level = method.pretrain.level
+        problem = self._problem(_Recorder())
+        level = problem.pretrain
 
         def begin() -> Call:
             images = self._draw().micro_batches()
@@ -128,42 +128,42 @@ class Bench:
 
         def end() -> None:
             level.discard()
-            method.problem.clear()
+            problem.clear()
 
         return self._measure(begin, end)
 
     def measure_cost(self, row: Row) -> None:
         """Train some cycles for the row's estimator alone, as a run of it would."""
         try:
-            method = MloMae(**self._levels, estimator=row.estimator, schedule=self._schedule)
+            problem = self._problem(row.estimator)
             row.cost = self._measure(
-                lambda: partial(_hypergradient, method, self._train(method)), method.problem.clear
+                lambda: partial(_hypergradient, problem, self._train(problem)), problem.clear
             )
         except ValueError as error:
             row.reason = str(error)
 
     def compare(self, rows: list[Row]) -> None:
         """Ask all rows about the same recorded cycles, and compare with the truth."""
-        method = self._recorder()
+        problem = self._problem(_Recorder())
         reference = Truth(self._recipe, self._levels)
         usable = [row for row in rows if not row.reason]
         # The recipe's own comes first, for what a step keeps serves one sweep, as in training.
         usable.sort(key=lambda row: not row.is_own)
         for _ in range(NUM_CYCLES):
-            batch = self._train(method, reference)
+            batch = self._train(problem, reference)
             truths: dict[str, Weights] = {}
             for row in usable:
                 key = str(row.steps)
                 if key not in truths:
                     truths[key] = reference.hypergradient(row.steps, batch)
-                method.problem.estimator = row.estimator
-                found = method.mask.level.named(_hypergradient(method, batch).vector)
+                problem.estimator = row.estimator
+                found = problem.mask.named(_hypergradient(problem, batch).vector)
                 row.errors.append(relative_error(found, truths[key]))
                 row.cosines.append(cosine(found, truths[key]))
-            method.problem.clear()
+            problem.clear()
 
-    def _recorder(self) -> MloMae:
-        return MloMae(**self._levels, estimator=_Recorder(), schedule=self._schedule)
+    def _problem(self, estimator: Estimator) -> MloMaeProblem:
+        return MloMaeProblem(*self._levels.values(), estimator=estimator, schedule=self._schedule)
 
     def _measure(self, begin: Callable[[], Call], end: Callable[[], None]) -> Cost:
         """Memory in one run, since counting takes time, then the time of several."""
@@ -181,22 +181,22 @@ class Bench:
             end()
         return Cost(statistics.median(seconds), memory.bytes)
 
-    def _train(self, method: MloMae, reference: Truth | None = None) -> Labelled:
+    def _train(self, problem: MloMaeProblem, reference: Truth | None = None) -> Labelled:
         """Take the lower levels' steps of one cycle, and return the mask level's batch."""
-        method.problem.clear()
+        problem.clear()
         batches = self._draw()
         for name in LOWER:
             level = self._levels[name]
-            for _ in range(level.level.num_steps):
+            for _ in range(level.num_steps):
                 if reference is not None:
                     reference.note(level)
                 if name == "pretrain":
-                    method.pretrain_step(batches.micro_batches())
+                    problem.pretrain_step(batches.micro_batches())
                 else:
-                    method.classifier_step(*batches.labelled(name))
+                    problem.classifier_step(*batches.labelled(name))
         # A step may have been skipped for its numbers; the third in a row is an error.
-        is_whole = all(self._levels[name].level.is_recorded for name in LOWER)
-        return batches.labelled("mask") if is_whole else self._train(method, reference)
+        is_whole = all(self._levels[name].is_recorded for name in LOWER)
+        return batches.labelled("mask") if is_whole else self._train(problem, reference)
 
     def _draw(self) -> RandomBatches:
         self._num_draws += 1
@@ -220,9 +220,9 @@ class _Recorder(Identity):
         pass
 
 
-def _hypergradient(method: MloMae, batch: Labelled) -> Hypergradient:
-    module = method.classifier.engine.module.eval()  # as in training, no dropout here
+def _hypergradient(problem: MloMaeProblem, batch: Labelled) -> Hypergradient:
+    module = problem.classifier.engine.module.eval()  # as in training, no dropout here
     try:
-        return method.problem.hypergradient("mask", batch)
+        return problem.hypergradient("mask", batch)
     finally:
         module.train()

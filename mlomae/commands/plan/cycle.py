@@ -31,7 +31,7 @@ from mlomae.hypergrad.twin import Weights
 from mlomae.models.mae import num_kept
 from mlomae.pretraining.masks import MaskedBatch
 from mlomae.pretraining.networks import BUILDERS
-from mlomae.pretraining.program import coupling
+from mlomae.pretraining.program import losses_of
 from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import LevelRecipe
 from mlomae.recipe.hypergradient import build_estimator
@@ -121,8 +121,8 @@ class _Problem:
             self.ledger,
             owner,
         )
-        links = coupling(recipe, name)
-        level = Level(name, engine, num_steps=section.steps_per_cycle, **links)
+        loss = losses_of(recipe)[name]
+        level = Level(name, engine, num_steps=section.steps_per_cycle, **loss._asdict())
         engine.watch()
         _label(level, self.ledger)
         return level

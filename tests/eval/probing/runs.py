@@ -162,7 +162,7 @@ def _sigterm_in_cycle(cycle: int) -> Any:
     step = LinearProbe.cycle
 
     def step_and_die(task: LinearProbe) -> None:
-        if task.levels["probe"].num_steps == cycle:
+        if task.levels["probe"].num_steps_done == cycle:
             os.kill(os.getpid(), signal.SIGTERM)
         step(task)
 
