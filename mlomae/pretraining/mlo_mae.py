@@ -75,23 +75,23 @@ class CoupledReconstruction(ReplayedLoss):
         self.weighting = weighting
 
     def _loss(
-        self, models: Models, batch: MaskedBatch, choice: Choice | None = None
-    ) -> tuple[Tensor, Choice]:
-        scorer = _Selection(models["mask"], batch, choice)
+        self, models: Models, batch: MaskedBatch, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and each patch's place in the order of rising keys [B, N]."""
+        scorer = _Selection(models["mask"], batch, places)
         out = models["pretrain"](batch.images, scorer=scorer, num_keep=batch.num_keep, coupled=True)
         loss = (loss_weights(scorer.scores, out["mask"], self.weighting) * out["patch_loss"]).sum()
-        if choice is None:
-            choice = self.choice = Choice(
-                out["embedding"], scorer.scores.detach(), out["mask"], out["restore"]
-            )
-        return loss, choice
+        if places is None:
+            scores = scorer.scores.detach()
+            self.choice = Choice(out["embedding"], scores, out["mask"], out["restore"])
+        return loss, out["restore"]
 
 
 class _Selection:
     """Scores patches, and orders them by score or by a Gumbel draw around it.
 
     Args:
-        choice: repeats the order of an earlier pass, with new scores.
+        places: [B, N], repeats the order of an earlier pass, with new scores.
 
     Attributes:
         scores: [B, N], of the masking network.
@@ -99,16 +99,16 @@ class _Selection:
 
     scores: Tensor
 
-    def __init__(self, network: Scorer, batch: MaskedBatch, choice: Choice | None = None) -> None:
+    def __init__(self, network: Scorer, batch: MaskedBatch, places: Tensor | None = None) -> None:
         self.network = network
         self.batch = batch
-        self.choice = choice
+        self.places = places
 
     def __call__(self, embedding: Tensor) -> Tensor:
         """Embeddings [B, N, D] -> keys [B, N], of which the largest are hidden."""
         self.scores = self.network(embedding)
-        if self.choice is not None:
-            return self.choice.restore.to(self.scores.dtype)
+        if self.places is not None:
+            return self.places.to(self.scores.dtype)
         if not self.batch.temperature:
             return self.scores
         return gumbel_keys(self.scores.detach(), self.batch.temperature, self.batch.generator())

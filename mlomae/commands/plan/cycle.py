@@ -174,7 +174,7 @@ class _Problem:
         drawn_noise = self.recipe.masking.selection == "gumbel_top_k"
         noise = self.recipe.masking.temperature if drawn_noise else 0.0
         with self.ledger.part(IMAGES):
-            batches = [_Batch(part.clone(), keep, noise, 0, []) for part in parts]
+            batches = [_Batch(part.clone(), keep, noise) for part in parts]
         self._step("pretrain", batches)
 
     def _classifier_step(self) -> None:
