@@ -37,7 +37,6 @@ _FIELDS = [
 _MAP_THRESHOLD, _SMALLEST = -3, 65536
 _LIBC.mallopt(_MAP_THRESHOLD, _SMALLEST)  # before torch takes its first block
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -110,7 +109,7 @@ def measure(case: dict[str, Any], num_cycles: int = NUM_CYCLES) -> dict[str, Any
     recipe, meter = Recipe.model_validate(case["recipe"]), Meter()
     with meter:
         levels = build_levels(Job(recipe, case["config"], "recipe", "config"), num_cycles=10**6)
-        sizes = {name: LevelImages(None, np.arange(10**6), None) for name in levels}  # type: ignore[arg-type]
+        sizes = {name: LevelImages(None, range(10**6), None) for name in levels}  # type: ignore[arg-type]
         task = build_task(recipe, levels, sizes)
         for _ in range(num_cycles):
             gc.collect()

@@ -28,7 +28,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from _about import HERE, about, save, table
@@ -113,7 +112,7 @@ class Ours:
         for level in levels.values():
             for group in level.optimizer.param_groups:
                 group["fused"], group["foreach"] = settings.is_fused or None, None
-        sizes = {name: LevelImages(None, np.arange(10**6), None) for name in levels}  # type: ignore[arg-type]
+        sizes = {name: LevelImages(None, range(10**6), None) for name in levels}  # type: ignore[arg-type]
         self.task = build_task(recipe, levels, sizes)
         self.images = images
         self.labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
