@@ -20,6 +20,7 @@ from mlomae.hypergrad.reference import (
 )
 from tests.hypergrad.engine_cases import _hash, fingerprint_of
 from tests.hypergrad.problems import PROBLEMS, make_optimizer
+from tests.hypergrad.readings import record_bytes, reduced_gradient
 from tests.ranks import ROOT
 
 BATCH = 8  # over all ranks and micro-batches
@@ -179,7 +180,7 @@ def leaves_no_trace(cases: list[dict[str, Any]]) -> list[tuple[dict[str, str], d
             state = {"random state": _hash(torch.get_rng_state())}
             for level in graph.levels[:-1]:
                 state |= fingerprint_of(level)
-            state["upper"] = _hash(*target.partition.weights(), *target.partition.gradient())
+            state["upper"] = _hash(*target.partition.weights(), *reduced_gradient(target.partition))
             states.append(state)
             found = graph.multilevel.hypergradient(target.name, *batch)
             assert all(bool(v.isfinite().all()) for v in target.named(found.vector).values())
@@ -200,7 +201,7 @@ def shard_bytes(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
         vector = lower.partition.zeros()
         results.append(
             {
-                "records": sum(record.bytes() for record in lower.records),
+                "records": sum(map(record_bytes, lower.records)),
                 "vector": sum(t.numel() * t.element_size() for t in vector),
                 "num_records": len(lower.records),
                 "numel": sum(shape.numel() for shape in lower.partition.shapes.values()),

@@ -24,6 +24,7 @@ from tests.hypergrad.plain_training import (
     relative_error,
     schedule,
 )
+from tests.hypergrad.readings import reduced_gradient
 
 FIRST_EXPLICIT_STEP = 3  # before it, engines count micro-batches; from it on, they are told
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -184,7 +185,7 @@ def stepped(side: Case, case: dict[str, Any]) -> dict[str, Any]:
         drawn = random_like(dict(partition.shapes), seed=20 + step)
         gradient = {name: size * value for name, value in drawn.items()}
         partition.set_gradient(side.cut(gradient))
-        readings.append(error(side.whole(partition.gradient()), gradient))
+        readings.append(error(side.whole(reduced_gradient(partition)), gradient))
         norm = torch.cat([g.double().flatten() for g in gradient.values()]).norm()
         readings.append(abs(partition.gradient_norm() - float(norm)))
         seen_by_hook = side.step()
@@ -213,12 +214,12 @@ def futures(case: dict[str, Any]) -> dict[str, Any]:
     zeros = {name: torch.zeros(shape) for name, shape in by_setting.partition.shapes.items()}
     for step in range(6):
         by_backward.train(step)
-        gradient = by_backward.partition.gradient()
+        gradient = reduced_gradient(by_backward.partition)
         errors.append(relative_error(by_backward.whole(gradient), true_gradient(by_backward, step)))
         if step in (2, 5):
             by_setting.train(step, discarded=True)
             by_setting.partition.clear_gradients()
-            errors.append(error(by_setting.whole(by_setting.partition.gradient()), zeros))
+            errors.append(error(by_setting.whole(reduced_gradient(by_setting.partition)), zeros))
         if step in (1, 4):
             by_setting.partition.set_gradient(gradient)
         else:
