@@ -23,10 +23,10 @@ from mlomae.hypergrad.zero_partitions import partition_of
 class Level:
     """A model with its optimizer, its loss, and the names of the levels that the loss reads.
 
-    What these names mean, and which steps are recorded, is a matter of each `Multilevel` problem
-    that the level is put into. A step is recorded for all of them. Where they bind a name to
-    different levels, one has to step through the problem: `problem.step(name, ...)`. In no
-    problem, a level with names in `lower` and `upper` cannot step.
+    Which levels these names mean, and which steps are recorded, is a matter of each `Multilevel`
+    problem that the level is put into. A step is recorded for all of them, unless they mean
+    different levels by a name; then it has to be taken for one: `problem.step(name, ...)`. A level
+    in no problem can step if its loss reads no other.
 
     Args:
         name: by which the losses of other levels call the model.
@@ -225,9 +225,9 @@ class Level:
         if self._served is None and len(alike) < len(bindings):
             names = {n for b in bindings for n, lv in b.others.items() if lv is not first.others[n]}
             raise ValueError(
-                f"level {self.name} is in several problems, to which {', '.join(sorted(names))} "
-                f"is not the same level, so its step could be any one's; call "
-                f"step({self.name!r}, ...) of the problem that is meant, or drop the others"
+                f"level {self.name} is in several problems that mean different levels by "
+                f"{', '.join(sorted(names))}, so its step could be for any of them; call "
+                f"step({self.name!r}, ...) of the problem it is for, or drop the other problems"
             )
         return alike or [first]
 
