@@ -80,7 +80,7 @@ class Level:
         if len({param.dtype for param in self.partition.params.values()}) > 1:
             raise ValueError(f"level {name}: its weights have several dtypes; bring them to one")
         self.num_moves = 0  # steps that its weights have ever taken
-        self._bindings: list[weakref.ref[Binding]] = []  # a problem that is dropped ends its own
+        self._bindings: list[weakref.ref[Binding]] = []  # that of a dropped problem dies
         self._served: Binding | None = None  # the one that has to be stepped for, inside `serving`
         self._pending: _Pending | None = None  # between `backward` and `apply`
         self._used: set[str] = set()  # levels that loss or settings have called

@@ -112,9 +112,9 @@ class Graph:
         """The next cycle's hypergradient, and the reference's."""
         references = [self._step(level) for level in self.levels[:-1]]
         target, batch = self.levels[-1], self._batch()
-        found = self.multilevel.hypergradient(target.name, *self._mine(batch, 1))
+        result = self.multilevel.hypergradient(target.name, *self._mine(batch, 1))
         references.append(self._reference(target, [[batch]]))
-        value = target.named(found.vector)
+        value = target.named(result.vector)
         self.multilevel.clear()
         return value, hypergradient(references, target.name)
 
@@ -139,11 +139,11 @@ class Graph:
         partition, optimizer = level.partition, level.optimizer
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         states = [optimizer.state[shard] for shard in partition.shards()]
-        found = {k: level.named(_flat(states, k)) for k in MOMENTS[self.kind] if k in states[0]}
+        memories = {k: level.named(_flat(states, k)) for k in MOMENTS[self.kind] if k in states[0]}
         # `make_optimizer`: matrices first, then vectors.
         group_of = {n: 0 if len(shape) > 1 else 1 for n, shape in partition.shapes.items()}
         memory: dict[str, dict[str, Any]] = {
-            n: {k: whole[n].double() for k, whole in found.items()} for n in group_of
+            n: {k: whole[n].double() for k, whole in memories.items()} for n in group_of
         }
         for entry in memory.values():
             entry["step"] = float(states[0].get("step", 1))
@@ -196,8 +196,8 @@ def leaves_no_trace(cases: list[dict[str, Any]]) -> list[tuple[dict[str, str], d
                 state |= fingerprint_of(level)
             state["upper"] = _hash(*target.partition.weights(), *reduced_gradient(target.partition))
             states.append(state)
-            found = graph.multilevel.hypergradient(target.name, *batch)
-            assert all(bool(v.isfinite().all()) for v in target.named(found.vector).values())
+            result = graph.multilevel.hypergradient(target.name, *batch)
+            assert all(bool(v.isfinite().all()) for v in target.named(result.vector).values())
         results.append(tuple(states))
         graph.destroy()
     return results
@@ -245,7 +245,7 @@ def cycles_train(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         after = target.named(target.partition.weights())
         results.append(
             {
-                "losses": [{n: float(v) for n, v in found.items()} for found in losses],
+                "losses": [{n: float(v) for n, v in values.items()} for values in losses],
                 "moved": relative_error(after, {n: v.double() for n, v in before.items()}),
                 "weights": {n: v.clone() for n, v in after.items()},
             }
