@@ -1,17 +1,22 @@
 """The keys of a recipe that fine-tunes a classifier."""
 
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import NonNegativeFloat, model_validator
 from typing_extensions import Self
 
-from mlomae.recipe import EncoderRecipe, LabelledRecipe, LevelRecipe, RunRecipe
-from mlomae.recipe.section import Refusal, Section
+from mlomae.recipe import EncoderRecipe, LabelledRecipe, LevelRecipe, SingleLevelRecipe
+from mlomae.recipe.section import (
+    BelowOne,
+    Betas,
+    Fraction,
+    Probability,
+    Refusal,
+    Section,
+    UpToOne,
+)
 
 LEVEL = "finetune"
-
-_Probability = Annotated[float, Field(ge=0, le=1)]
-_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class MixupRecipe(Section):
@@ -21,9 +26,9 @@ class MixupRecipe(Section):
     """Parameter of the Beta distribution of the images' shares; 0 is off."""
     cutmix_alpha: NonNegativeFloat = 1.0
     """Parameter of the Beta distribution of the rectangles' areas in CutMix; 0 is off."""
-    prob: _Probability = 1.0
+    prob: Probability = 1.0
     """Probability of mixing at all."""
-    switch_prob: _Probability = 0.5
+    switch_prob: Probability = 0.5
     """Probability of CutMix, where both are on."""
     mode: Literal["batch", "pair", "elem"] = "batch"
     """What shares one draw: a rank's batch, two images that mix with each other, or nothing."""
@@ -47,20 +52,23 @@ class FinetuneEncoderRecipe(EncoderRecipe):
 class FinetuneLevelRecipe(LevelRecipe):
     """Batches, optimizer and regularisation of fine-tuning."""
 
-    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     """Decay rates of the two moments; adamw only."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: UpToOne = 1.0
     """Factor on the learning rate for each layer between a weight and the head; 1 is off."""
-    label_smoothing: _Beta = 0.0
+    label_smoothing: BelowOne = 0.0
     """Share of each label that is spread evenly over all classes."""
-    dropout: _Beta = 0.0
+    dropout: BelowOne = 0.0
     """Dropout probability before the head."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_decay: Fraction | None = None
     """What a moving average of the weights keeps of itself in each step; null is off."""
 
 
-class FinetuneRecipe(RunRecipe):
+class FinetuneRecipe(SingleLevelRecipe):
     """A classifier that starts from a pretrained encoder."""
+
+    level_name: ClassVar = LEVEL
+    activity: ClassVar = "fine-tuning"
 
     method: Literal["finetune"]
     """Train encoder and head on labels."""
@@ -68,16 +76,3 @@ class FinetuneRecipe(RunRecipe):
     data: LabelledRecipe
     finetune: FinetuneLevelRecipe
     mixup: MixupRecipe | None = None
-
-    @property
-    def levels(self) -> dict[str, LevelRecipe]:
-        """The only level."""
-        return {LEVEL: self.finetune}
-
-    @model_validator(mode="after")
-    def _check_level(self) -> Self:
-        for key in ("num_views", "steps_per_cycle"):
-            if (number := getattr(self.finetune, key)) > 1:
-                problem = f"is {number}, but fine-tuning has only one: remove it"
-                raise Refusal(f"{LEVEL}.{key}", problem)
-        return self

@@ -4,56 +4,27 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.probing.recipe import ProbeLevelRecipe
+from mlomae.distributed.collectives import sum_over_ranks
 from mlomae.hypergrad.losses import Models
+from mlomae.models.batch_norm import BatchNorm
 from mlomae.models.precision import at_least_float32
 
-_MOMENTUM = 0.1  # weight of the latest batch in the running statistics, PyTorch's default
 
+def feature_norm(num_features: int, eps: float) -> BatchNorm:
+    """The batch norm behind a frozen encoder, without affine parameters.
 
-class FeatureNorm(nn.BatchNorm1d):
-    """Batch norm without affine parameters, by the statistics of the batches of all ranks.
-
-    It stands behind a frozen encoder, so no gradient flows through it and a sum over ranks does.
     Heads that read the same features share it: without affine parameters it learns nothing, and
-    their own ones would hold the same statistics. As in `BatchNorm1d`, the running variance is the
-    unbiased one and the batch is divided by the biased one. A batch that is not finite leaves the
-    running statistics alone.
+    norms of their own would hold the same statistics.
 
     Args:
         num_features: D.
         eps: added to the variance; 1e-6 in MAE's protocol, 1e-5 in MAE-CT's.
     """
-
-    def __init__(self, num_features: int, eps: float) -> None:
-        super().__init__(num_features, eps=eps, momentum=_MOMENTUM, affine=False)
-
-    @torch.no_grad()
-    def forward(self, features: Tensor) -> Tensor:
-        """Float32 or wider features [B, D], standardised; in training mode all ranks must call.
-
-        Every rank must bring equally many images in training mode.
-        """
-        features = at_least_float32(features)
-        if not self.training:
-            return super().forward(features)
-        num_images = len(features) * _world_size()
-        wide = features.double()  # else the statistics would tell how many ranks summed them
-        mean = _sum_over_ranks(wide.sum(dim=0)) / num_images
-        variance = _sum_over_ranks((wide - mean).square().sum(dim=0)) / num_images
-        if bool(variance.isfinite().all()):
-            self._track(mean, variance * num_images / (num_images - 1))
-        return ((wide - mean) / (variance + self.eps).sqrt()).to(features.dtype)
-
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        for name, new in (("running_mean", mean), ("running_var", variance)):
-            running = self.get_buffer(name)
-            running.lerp_(new.to(running.dtype), _MOMENTUM)
-        self.get_buffer("num_batches_tracked").add_(1)
+    return BatchNorm(num_features, eps, affine=False, in_float64=True)
 
 
 class LinearHeads(nn.Module):
@@ -128,15 +99,5 @@ def head_accuracies(
     for images, labels in batches:
         counts[:-1] += (logits_of(images).argmax(dim=1) == labels[:, None]).sum(dim=0)
         counts[-1] += len(labels)
-    counts = _sum_over_ranks(counts).cpu()
+    counts = sum_over_ranks(counts).cpu()
     return counts[:-1].double() / counts[-1]
-
-
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,6 +1,6 @@
 """The recipe of a linear probe."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -12,19 +12,20 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from mlomae.recipe import EncoderRecipe, LabelledRecipe, LevelRecipe, RunRecipe
-from mlomae.recipe.section import Refusal
+from mlomae.recipe import EncoderRecipe, LabelledRecipe, LevelRecipe, SingleLevelRecipe
+from mlomae.recipe.section import Fraction, Refusal
+
+LEVEL = "probe"
 
 _Rates = Annotated[
     tuple[PositiveFloat, ...],
     BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v),
     Field(strict=False),
 ]
-_Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 NORM_EPS = {"mae": 1e-6, "mae_ct": 1e-5, "held_out": 1e-5}
 """What each protocol's batch norm adds to the variance."""
-_UNUSED = ("steps_per_cycle", "num_views", "decay_norm_and_bias", "gradient_clipping")
+_UNUSED = ("decay_norm_and_bias", "gradient_clipping")
 
 
 class ProbeLevelRecipe(LevelRecipe):
@@ -78,13 +79,16 @@ class ProbeLevelRecipe(LevelRecipe):
 class ProbeDataRecipe(LabelledRecipe):
     """The images of a linear probe."""
 
-    held_out_fraction: _Fraction = 0.1
+    held_out_fraction: Fraction = 0.1
     """Share of the training images that the head is chosen on, and no head is trained on, drawn by
     class and seed; protocol held_out only."""
 
 
-class ProbeRecipe(RunRecipe):
+class ProbeRecipe(SingleLevelRecipe):
     """Linear heads on the features of a frozen encoder."""
+
+    level_name: ClassVar = LEVEL
+    activity: ClassVar = "a linear probe"
 
     method: Literal["linear_probe"]
     protocol: Literal["mae", "mae_ct", "held_out"]
@@ -94,11 +98,6 @@ class ProbeRecipe(RunRecipe):
     model: EncoderRecipe
     data: ProbeDataRecipe
     probe: ProbeLevelRecipe
-
-    @property
-    def levels(self) -> dict[str, LevelRecipe]:
-        """The heads."""
-        return {"probe": self.probe}
 
     @model_validator(mode="after")
     def _check_protocol(self) -> Self:

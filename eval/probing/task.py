@@ -12,13 +12,14 @@ from torch import Tensor
 
 from data_ffcv import ImagesInfo, open_eval_loader
 from eval.frozen.features import eval_augmentation
-from eval.probing.heads import FeatureNorm, LinearHeads, head_accuracies
+from eval.probing.heads import LinearHeads, feature_norm, head_accuracies
 from eval.probing.images import ProbeImages
 from eval.probing.recipe import NORM_EPS, ProbeRecipe
 from mlomae.checkpoint.folders import MODEL_FILE
 from mlomae.errors import UserError
 from mlomae.foreign.layouts import to_timm
 from mlomae.models import MaskedAutoencoder
+from mlomae.models.precision import at_least_float32
 from mlomae.training.engines import TrainingLevel, full_weights
 from mlomae.training.task import Task
 
@@ -58,7 +59,7 @@ class LinearProbe(Task):
         self.images = images
         self.files = files
         self.encoder = encoder.to(self.device, dtype).eval().requires_grad_(False)
-        self.norm = FeatureNorm(encoder.embed_dim, NORM_EPS[recipe.protocol]).to(self.device)
+        self.norm = feature_norm(encoder.embed_dim, NORM_EPS[recipe.protocol]).to(self.device)
         self.rates = recipe.probe.base_lrs
         # A pretraining that goes on, or a file that is replaced, must not change the encoder of a
         # resumed probe unnoticed.
@@ -88,7 +89,7 @@ class LinearProbe(Task):
         images, labels = self.draw("probe")
         num_parts = self.recipe.probe.gradient_accumulation_steps
         with self.meters.timed("time/encoder"), torch.no_grad():
-            features = torch.cat([self.encoder(part) for part in images.chunk(num_parts)])
+            features = torch.cat([self._features(part) for part in images.chunk(num_parts)])
         with self.meters.timed("time/probe_step"):
             parts = (self.norm(features).chunk(num_parts), labels.chunk(num_parts))
             self.levels["probe"].step(*zip(*parts, strict=True))
@@ -184,6 +185,10 @@ class LinearProbe(Task):
             return float(self._latest[head]), head, self._epoch
         return self._test_accuracy, head, self._epoch
 
+    def _features(self, images: Tensor) -> Tensor:
+        """Of images [B, ...], float32 or wider [B, D]."""
+        return at_least_float32(self.encoder(images))
+
     def _norm_state(self) -> dict[str, Tensor]:
         return {name: value.cpu() for name, value in self.norm.state_dict().items()}
 
@@ -220,7 +225,7 @@ class LinearProbe(Task):
             device=self.device,
         )
         self.norm.eval()
-        logits_of = lambda images: heads(self.norm(self.encoder(images)))  # noqa: E731
+        logits_of = lambda images: heads(self.norm(self._features(images)))  # noqa: E731
         accuracies = head_accuracies(logits_of, loader, len(self.rates), self.device)
         self.norm.train()
         return accuracies

@@ -1,28 +1,15 @@
 """The keys of a recipe that trains a segmentation network on a pretrained encoder."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
-from mlomae.recipe import EncoderRecipe, ImagesRecipe, LevelRecipe, RunRecipe
-from mlomae.recipe.section import FilePath, Refusal, Section
+from mlomae.recipe import EncoderRecipe, ImagesRecipe, LevelRecipe, SingleLevelRecipe
+from mlomae.recipe.section import BelowOne, Betas, FilePath, Refusal, Section, Sides, UpToOne
 
 LEVEL = "segmentation"
 
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-_Sides = Annotated[
-    tuple[PositiveInt, PositiveInt],
-    BeforeValidator(lambda v: (v, v) if type(v) is int else v),
-    Field(strict=False),
-]
 _PRESETS: dict[str, dict[str, Any]] = {
     "standard": {"channels": 512, "dropout": 0.1, "auxiliary_weight": 0.4},
     "tutorial": {"dropout": 0.0, "auxiliary_weight": 0.0},
@@ -44,7 +31,7 @@ class HeadRecipe(Section):
     """mmseg's head behind BEiT's neck, or PyTorch-Adventures' version of both; fills the rest."""
     channels: PositiveInt | None = None
     """Width of the head; tutorial has the encoder's and takes no other."""
-    dropout: _Beta
+    dropout: BelowOne
     """Dropout probability of whole channels before the last layer; standard only."""
     auxiliary_weight: NonNegativeFloat
     """Weight of the auxiliary head's loss; 0 leaves that head out."""
@@ -55,8 +42,8 @@ class HeadRecipe(Section):
         preset = values.get("preset", "standard") if isinstance(values, dict) else None
         if preset not in _PRESETS:
             return values
-        given = {key: value for key, value in values.items() if value is not None}
-        return {**_PRESETS[preset], **given}
+        settings = {key: value for key, value in values.items() if value is not None}
+        return {**_PRESETS[preset], **settings}
 
     @model_validator(mode="after")
     def _check_preset(self) -> Self:
@@ -80,9 +67,9 @@ class SegmentationImagesRecipe(ImagesRecipe):
 class SegmentationLevelRecipe(LevelRecipe):
     """Batches and optimizer."""
 
-    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     """Decay rates of the two moments; adamw only."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: UpToOne = 1.0
     """Factor on the learning rate for each layer between a weight and the head; 1 is off."""
 
 
@@ -93,13 +80,16 @@ class InferenceRecipe(Section):
     """Windows of the crop's size whose logits are averaged, or the image in one pass."""
     resize: PositiveInt | None = None
     """Length that the shorter side gets before, in the image's own aspect; null keeps the size."""
-    stride: _Sides | None = None
+    stride: Sides | None = None
     """From one window to the next, [vertical, horizontal] or one number; null is two thirds of the
     crop. slide only."""
 
 
-class SegmentationRecipe(RunRecipe):
+class SegmentationRecipe(SingleLevelRecipe):
     """UperNet on an encoder."""
+
+    level_name: ClassVar = LEVEL
+    activity: ClassVar = "segmentation"
 
     method: Literal["segmentation"]
     """Train encoder, neck and head on masks."""
@@ -108,11 +98,6 @@ class SegmentationRecipe(RunRecipe):
     data: SegmentationImagesRecipe
     segmentation: SegmentationLevelRecipe
     inference: InferenceRecipe = InferenceRecipe()
-
-    @property
-    def levels(self) -> dict[str, LevelRecipe]:
-        """The only level."""
-        return {LEVEL: self.segmentation}
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -140,8 +125,7 @@ class SegmentationRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _check_inference(self) -> Self:
-        own = self.inference
-        if own.mode == "whole" and own.stride is not None:
+        if self.inference.mode == "whole" and self.inference.stride is not None:
             raise Refusal("inference.stride", "is given, but mode whole has none: remove it")
         if any(s > w for s, w in zip(self.stride, self.model.image_size, strict=True)):
             problem = (
@@ -152,15 +136,11 @@ class SegmentationRecipe(RunRecipe):
         return self
 
     @model_validator(mode="after")
-    def _check_level(self) -> Self:
-        for key in ("num_views", "steps_per_cycle"):
-            if (number := getattr(self.segmentation, key)) > 1:
-                problem = f"is {number}, but segmentation has only one: remove it"
-                raise Refusal(f"{LEVEL}.{key}", problem)
-        own = self.segmentation
-        if own.batch_size == own.gradient_accumulation_steps:
+    def _check_accumulation(self) -> Self:
+        num_parts = self.segmentation.gradient_accumulation_steps
+        if num_parts == self.segmentation.batch_size:
             problem = (
-                f"is {own.gradient_accumulation_steps}, which leaves one image for each batch "
+                f"is {num_parts}, which leaves one image for each batch "
                 "norm, too few: lower it, or raise batch_size"
             )
             raise Refusal(f"{LEVEL}.gradient_accumulation_steps", problem)

@@ -74,9 +74,8 @@ class ContrastProgram(Program[R]):
         load_encoder(vit, recipe.model, paths, expected)
         return vit
 
-    def loss(self, recipe: R, name: str) -> NnclrLoss:
-        """The loss with a queue of random vectors."""
-        own: ContrastRecipe = recipe.levels[name]  # type: ignore[assignment]
+    def loss(self, recipe: R, level: ContrastRecipe) -> NnclrLoss:
+        """The loss of the recipe's level, with a queue of random vectors."""
         nnclr = recipe.nnclr
         queue = Queue(
             nnclr.queue_size,
@@ -85,7 +84,7 @@ class ContrastProgram(Program[R]):
             device=torch.device(get_accelerator().current_device_name()),
             sharded=nnclr.queue_layout == "sharded",
         )
-        return NnclrLoss(name, queue, own.temperature, own.top_k, recipe.seed)
+        return NnclrLoss(recipe.level_name, queue, level.temperature, level.top_k, recipe.seed)
 
 
 class HeadProgram(ContrastProgram[HeadRun]):
@@ -99,7 +98,7 @@ class HeadProgram(ContrastProgram[HeadRun]):
 
     def build(self, job: Job[HeadRun]) -> HeadTask:
         """The head on an engine, the encoder beside it."""
-        recipe, loss = job.recipe, self.loss(job.recipe, "head")
+        recipe, loss = job.recipe, self.loss(job.recipe, job.recipe.head)
         vit = self.vit(job)
         frozen = _on_first_rank(vit)
         level = job.build_level(
@@ -130,7 +129,7 @@ class TuneProgram(ContrastProgram[TuneRun]):
 
     def build(self, job: Job[TuneRun]) -> TuneTask:
         """Upper encoder and head on an engine, the lower encoder and the averages beside it."""
-        recipe, loss = job.recipe, self.loss(job.recipe, "tune")
+        recipe, loss = job.recipe, self.loss(job.recipe, job.recipe.tune)
         vit, head = self.vit(job), build_head(recipe)
         state = {} if job.is_continued else read_head(recipe)
         load_head(head, loss.queue, state)

@@ -1,9 +1,8 @@
 """The recipes of MAE-CT: that of all three steps, and those of the second and the third."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
-    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -24,12 +23,19 @@ from mlomae.recipe import (
     ModelRecipe,
     MonitorRecipe,
     RunRecipe,
+    SingleLevelRecipe,
 )
-from mlomae.recipe.section import FilePath, FilePaths, Names, Refusal, Section
+from mlomae.recipe.section import (
+    BelowOne,
+    FilePath,
+    FilePaths,
+    Names,
+    Refusal,
+    Section,
+    UpToOne,
+)
 
 STEPS = ("pretrain", "head", "tune")
-
-_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class NnclrRecipe(Section):
@@ -60,16 +66,13 @@ class ContrastRecipe(LevelRecipe):
     """The neighbour is drawn among so many most similar queue entries; 1 takes the nearest."""
 
     @model_validator(mode="after")
-    def _check_single_step(self) -> Self:
+    def _check_whole_batch(self) -> Self:
         if (count := self.gradient_accumulation_steps) > 1:
             problem = (
                 f"is {count}, but batch norm and loss need the whole batch at once: use 1, and "
                 "more ranks or a smaller batch_size"
             )
             raise Refusal("gradient_accumulation_steps", problem)
-        if self.steps_per_cycle > 1:
-            problem = f"is {self.steps_per_cycle}, but there is one level: remove it"
-            raise Refusal("steps_per_cycle", problem)
         return self
 
 
@@ -79,15 +82,15 @@ class TuneRecipe(ContrastRecipe):
     num_frozen_blocks: NonNegativeInt | None = None
     """Lowest blocks that stay as they are, with patch projection and class token; null for the
     lower half."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65
+    layer_decay: UpToOne = 0.65
     """Factor on the learning rate for each layer between a weight and the head; 1 is off."""
     head_base_lr: PositiveFloat | None = None
     """The head's peak learning rate at 256 crops per step; null takes base_lr."""
     head_weight_decay: NonNegativeFloat = 1e-5
     """Weight decay of the head."""
-    ema_decay: _Decay = 0.9999
+    ema_decay: BelowOne = 0.9999
     """What the average of the weights, which is saved, keeps of itself in each step."""
-    target_ema_decay: _Decay = 0.99
+    target_ema_decay: BelowOne = 0.99
     """Likewise the average of the projector, which makes neighbours' queries and the queue."""
 
     @model_validator(mode="after")
@@ -105,27 +108,28 @@ class TuneRecipe(ContrastRecipe):
         return self.head_base_lr * self.batch_size * self.num_views / 256
 
 
-class HeadRun(RunRecipe):
+class HeadRun(SingleLevelRecipe):
     """The second step: a head on the frozen encoder."""
+
+    level_name: ClassVar = "head"
+    activity: ClassVar = "this step"
 
     method: Literal["mae_ct_head"]
     """Train a contrastive head."""
     nnclr: NnclrRecipe = NnclrRecipe()
     head: ContrastRecipe
 
-    @property
-    def levels(self) -> dict[str, LevelRecipe]:
-        """The only level."""
-        return {"head": self.head}
-
     @model_validator(mode="after")
     def _check_queue(self) -> Self:
-        _check_queue("head", self.head, self.nnclr)
+        _check_queue(self.level_name, self.head, self.nnclr)
         return self
 
 
-class TuneRun(RunRecipe):
+class TuneRun(SingleLevelRecipe):
     """The third step: the upper blocks of the encoder and the head."""
+
+    level_name: ClassVar = "tune"
+    activity: ClassVar = "this step"
 
     method: Literal["mae_ct_tune"]
     """Tune an encoder with a contrastive head."""
@@ -135,19 +139,14 @@ class TuneRun(RunRecipe):
     tune: TuneRecipe
 
     @property
-    def levels(self) -> dict[str, LevelRecipe]:
-        """The only level."""
-        return {"tune": self.tune}
-
-    @property
     def num_frozen_blocks(self) -> int:
         """Blocks that stay as they are."""
-        given = self.tune.num_frozen_blocks
-        return self.model.depth // 2 if given is None else given
+        num_blocks = self.tune.num_frozen_blocks
+        return self.model.depth // 2 if num_blocks is None else num_blocks
 
     @model_validator(mode="after")
     def _check_tune(self) -> Self:
-        _check_queue("tune", self.tune, self.nnclr)
+        _check_queue(self.level_name, self.tune, self.nnclr)
         if self.num_frozen_blocks >= self.model.depth:
             problem = (
                 f"is {self.num_frozen_blocks}, but the encoder has {self.model.depth} blocks: "
@@ -208,8 +207,9 @@ class MaeCtRecipe(Section):
         """The first step's recipe; None where init_from stands in for it."""
         if self.init_from or self.pretrain is None:
             return None
-        own = {"model": self.model.model_dump(), "masking": self.masking.model_dump()}
-        return _build(Recipe, self._common("pretrain", self.pretrain) | own | {"method": "mae"})
+        common = self._common("pretrain", self.pretrain)
+        sections = {"model": self.model.model_dump(), "masking": self.masking.model_dump()}
+        return _build(Recipe, common | sections | {"method": "mae"})
 
     def head_run(self) -> HeadRun | None:
         """The second step's recipe; None where head_from stands in for it."""
@@ -225,7 +225,7 @@ class MaeCtRecipe(Section):
         return _build(TuneRun, common | {"method": "mae_ct_tune", "head_from": head_from})
 
     def runs(self) -> dict[str, RunRecipe]:
-        """The steps' recipes by name, without those that given weights stand in for."""
+        """The steps' recipes by name, without those that weights stand in for."""
         runs = (self.pretrain_run(), self.head_run(), self.tune_run())
         return {name: run for name, run in zip(STEPS, runs, strict=True) if run is not None}
 

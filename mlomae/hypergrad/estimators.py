@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from mlomae.hypergrad.adjoints import ShardAdjoint, adjoint_of
-from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.level import Binding, Level
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.products import DifferenceProducts, Products, Sinks, TangentProducts
 from mlomae.hypergrad.steps import newest, through_step
@@ -35,7 +35,7 @@ class Estimator(ABC):
         """Refuse a level for which this estimator cannot work.
 
         Raises:
-            ValueError: says why, and the mend.
+            ValueError: says why, and the fix.
         """
         window = self.window(level)
         if window < 1:
@@ -53,11 +53,17 @@ class Estimator(ABC):
                 "Truncated or Sama"
             )
         if isinstance(self.products, TangentProducts):
-            _refuse_foreign_kernels(level)
+            _refuse_custom_kernels(level)
 
     @abstractmethod
-    def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
-        """Add the pushed-down adjoint to the sinks. All ranks must call."""
+    def push(self, binding: Binding, adjoint: Vector, sinks: Sinks) -> None:
+        """Add the pushed-down adjoint to the sinks. All ranks must call.
+
+        Args:
+            binding: of the level to push through, with its recorded steps.
+            adjoint: lambda.
+            sinks: of the levels whose derivative is wanted, by name.
+        """
 
     def __repr__(self) -> str:
         public = {k: v for k, v in vars(self).items() if k != "products" and k[0] != "_"}
@@ -93,15 +99,15 @@ class Unrolled(Estimator):
             raise ValueError(f"{self}: say how many steps of level {level.name} to unroll")
         return self.steps[level.name]
 
-    def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
-        records = newest(level, self.window(level))
+    def push(self, binding: Binding, adjoint: Vector, sinks: Sinks) -> None:
+        records = newest(binding, self.window(binding.level))
         shards = [ShardAdjoint(a) for a in adjoint]
         adjoint.clear()  # `shards` alone holds it on, to let go of it
         for record in reversed(records):
             is_oldest = record is records[0]
-            cotangent = through_step(level, record, shards, sinks, is_oldest=is_oldest)
+            cotangent = through_step(binding, record, shards, sinks, is_oldest=is_oldest)
             hessian = self.products(
-                level,
+                binding,
                 record.weights,
                 record.micro_batches,
                 cotangent,
@@ -138,12 +144,12 @@ class Identity(Estimator):
     Source: DARTS, Liu et al., arXiv 1806.09055; Luketina et al., arXiv 1511.06727.
     """
 
-    def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
-        self._mixed(level, [-a for a in adjoint], sinks)
+    def push(self, binding: Binding, adjoint: Vector, sinks: Sinks) -> None:
+        self._mixed(binding, [-a for a in adjoint], sinks)
 
-    def _mixed(self, level: Level, direction: Vector, sinks: Sinks) -> None:
-        (record,) = newest(level, 1)
-        self.products(level, None, record.micro_batches, direction, sinks, hessian=False)
+    def _mixed(self, binding: Binding, direction: Vector, sinks: Sinks) -> None:
+        (record,) = newest(binding, 1)
+        self.products(binding, None, record.micro_batches, direction, sinks, hessian=False)
 
 
 class Sama(Identity):
@@ -159,18 +165,18 @@ class Sama(Identity):
 
     differentiates_step = True
 
-    def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
-        (record,) = newest(level, 1)
+    def push(self, binding: Binding, adjoint: Vector, sinks: Sinks) -> None:
+        (record,) = newest(binding, 1)
         shards = [ShardAdjoint(a) for a in adjoint]
-        self._mixed(level, through_step(level, record, shards, sinks, is_oldest=True), sinks)
+        self._mixed(binding, through_step(binding, record, shards, sinks, is_oldest=True), sinks)
 
 
 class _Implicit(Identity):
     """What Neumann's series and conjugate gradients share: Hessian products at newest weights."""
 
-    def _hessian(self, level: Level, direction: Vector) -> Vector:
-        (record,) = newest(level, 1)
-        return self.products(level, None, record.micro_batches, direction, {}, hessian=True)
+    def _hessian(self, binding: Binding, direction: Vector) -> Vector:
+        (record,) = newest(binding, 1)
+        return self.products(binding, None, record.micro_batches, direction, {}, hessian=True)
 
 
 class Neumann(_Implicit):
@@ -194,13 +200,13 @@ class Neumann(_Implicit):
         self.terms = terms
         self.step_size = step_size
 
-    def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
+    def push(self, binding: Binding, adjoint: Vector, sinks: Sinks) -> None:
         term, total = adjoint, [a.clone() for a in adjoint]
         for _ in range(self.terms):
-            product = self._hessian(level, term)
+            product = self._hessian(binding, term)
             term = [t - self.step_size * h for t, h in zip(term, product, strict=True)]
             total = [s + t for s, t in zip(total, term, strict=True)]
-        self._mixed(level, [-self.step_size * s for s in total], sinks)
+        self._mixed(binding, [-self.step_size * s for s in total], sinks)
 
 
 class ConjugateGradient(_Implicit):
@@ -225,26 +231,26 @@ class ConjugateGradient(_Implicit):
         self.tolerance = tolerance
         self.damping = damping
 
-    def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
-        self._mixed(level, [-p for p in self._solve(level, adjoint)], sinks)
+    def push(self, binding: Binding, adjoint: Vector, sinks: Sinks) -> None:
+        self._mixed(binding, [-p for p in self._solve(binding, adjoint)], sinks)
 
-    def _solve(self, level: Level, target: Vector) -> Vector:
-        dot = level.partition.dot
-        solution = level.partition.zeros()
+    def _solve(self, binding: Binding, target: Vector) -> Vector:
+        partition = binding.level.partition
+        dot, solution = partition.dot, partition.zeros()
         residual = search = target
         squared = dot(residual, residual)
         stop = squared * self.tolerance**2
         for _ in range(self.iterations):
             if squared <= stop:
                 break
-            product = _added(self._hessian(level, search), self.damping, search)
+            product = _added(self._hessian(binding, search), self.damping, search)
             curvature = dot(search, product)
             if curvature <= 0:
                 logger.warning(
                     "%s: the Hessian of level %s is not positive definite (curvature %.1e); "
                     "raise damping",
                     self,
-                    level.name,
+                    binding.level.name,
                     curvature,
                 )
                 break
@@ -304,15 +310,15 @@ class FiniteDifference(Estimator):
         self.estimator.check(level)
         self._products.distance(level, level.partition.weights())
 
-    def push(self, level: Level, adjoint: Vector, sinks: Sinks) -> None:
-        self.estimator.push(level, adjoint, sinks)
+    def push(self, binding: Binding, adjoint: Vector, sinks: Sinks) -> None:
+        self.estimator.push(binding, adjoint, sinks)
 
 
 def _added(vector: Vector, factor: float, other: Vector) -> Vector:
     return [v + factor * o for v, o in zip(vector, other, strict=True)]
 
 
-def _refuse_foreign_kernels(level: Level) -> None:
+def _refuse_custom_kernels(level: Level) -> None:
     for name, module in level.twin.root.named_modules():
         package = type(module).__module__.partition(".")[0]
         if package in _WITHOUT_FORWARD_MODE:

@@ -55,10 +55,10 @@ def explain(error: BaseException) -> str | None:
         frames = [frame.f_locals.get("cls") for frame, _ in traceback.walk_tb(error.__traceback__)]
         name = next((cls.__name__ for cls in frames if isinstance(cls, type)), "a custom function")
         return f"{name} is an autograd.Function without jvp: it has no tangent"
-    if found := re.search(r"forward AD with (\S+) that does not support it", message):
-        return f"{found[1]} has no tangent: torch has no forward-mode rule for it"
-    if found := re.search(r"derivative for '?([\w:.]+)'? is not implemented", message):
-        return f"{found[1]} has no derivative: its function cannot be differentiated twice"
+    if match := re.search(r"forward AD with (\S+) that does not support it", message):
+        return f"{match[1]} has no tangent: torch has no forward-mode rule for it"
+    if match := re.search(r"derivative for '?([\w:.]+)'? is not implemented", message):
+        return f"{match[1]} has no derivative: its function cannot be differentiated twice"
     return None
 
 
@@ -269,8 +269,8 @@ def _variants(name: str) -> Iterator[Function]:
     places = [torch._C._VariableFunctions, Tensor, torch._C._nn]
     places += [torch._C._linalg, torch._C._special]  # type: ignore[attr-defined]
     for full in (name, f"linalg_{name}", f"special_{name}"):
-        found = (getattr(place, full, None) for place in places)
-        yield from (func for func in found if func and type(func) is not FunctionType)
+        functions = (getattr(place, full, None) for place in places)
+        yield from (func for func in functions if func and type(func) is not FunctionType)
         if packet := getattr(torch.ops.aten, full, None):
             yield from (packet, *(getattr(packet, overload) for overload in packet.overloads()))
 

@@ -50,6 +50,11 @@ class KeptCalls:
         self._sinks: dict[str, _LaterSink] = {}
         self._twins: dict[str, tuple[Twin, Weights, list[bool]]] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The levels whose calls are kept."""
+        return list(self._calls)
+
     def sink(self, name: str) -> Any:
         """Takes gradients of a level's weights once the sweep has said where they go."""
         return self._sinks.setdefault(name, _LaterSink())

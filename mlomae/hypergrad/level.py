@@ -1,8 +1,10 @@
-"""One level of a multilevel problem: its model, its loss, and what it records of its steps."""
+"""A level: its model, its loss and its optimizer's step; and its binding to one problem."""
 
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +15,18 @@ from mlomae.hypergrad.kept import KeptCalls
 from mlomae.hypergrad.losses import Loss, Models, ReplayedLoss, Settings, WeightedLoss
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.randomness import RandomState
-from mlomae.hypergrad.records import MicroBatch, StepRecord, recording
-from mlomae.hypergrad.twin import Twin, Weights
+from mlomae.hypergrad.records import MicroBatch, StepRecord, make_room, recording
+from mlomae.hypergrad.twin import GradientSink, Twin, Weights
 from mlomae.hypergrad.zero_partitions import partition_of
 
 
 class Level:
-    """A model with its optimizer, its loss and its place among the other levels.
+    """A model with its optimizer, its loss, and the names of the levels that the loss reads.
+
+    Which levels these names mean, and which steps are recorded, is a matter of each `Multilevel`
+    problem that the level is put into. A step is recorded for all of them, unless they mean
+    different levels by a name; then it has to be taken for one: `problem.step(name, ...)`. A level
+    in no problem can step if its loss reads no other.
 
     Args:
         name: by which the losses of other levels call the model.
@@ -72,18 +79,19 @@ class Level:
         self.dtype = self.partition.dtype  # of compute
         if len({param.dtype for param in self.partition.params.values()}) > 1:
             raise ValueError(f"level {name}: its weights have several dtypes; bring them to one")
-        self.others: dict[str, Level] = {}  # those of `lower` and `upper`, set by `Multilevel`
-        self.window = 0  # newest steps of a cycle to record, set by `Multilevel`
-        self.keeps: tuple[str, ...] = ()  # levels whose calls are kept, set by `Multilevel`
-        self.records: deque[StepRecord] = deque(maxlen=0)
-        self._num_taken = 0  # in this cycle
+        self.num_moves = 0  # steps that its weights have ever taken
+        self._bindings: list[weakref.ref[Binding]] = []  # that of a dropped problem dies
+        self._served: Binding | None = None  # the one that has to be stepped for, inside `serving`
+        self._pending: _Pending | None = None  # between `backward` and `apply`
         self._used: set[str] = set()  # levels that loss or settings have called
-        self._waiting: list[MicroBatch] = []
 
     def step(self, *micro_batches: Any) -> Tensor:
         """One optimizer step on the mean loss of the micro-batches; returns it. All ranks call.
 
         Steps count into the present cycle, until `clear` begins the next.
+
+        Raises:
+            ValueError: as `backward`.
         """
         loss = self.backward(*micro_batches)
         self.apply()
@@ -93,13 +101,15 @@ class Level:
         """The first half of `step`: leave the gradient in the model, and return the mean loss.
 
         Raises:
-            ValueError: the loss is no scalar, or the engine accumulates another number.
+            ValueError: the loss is no scalar, the engine accumulates another number, or the
+                level's problems bind a name in `lower` or `upper` to different levels.
         """
         self._check_number(micro_batches)
-        self._waiting = []
+        bindings = self._bindings_to_serve()
+        self._pending = pending = _Pending(bindings, bindings[0].moves())
         losses = []
         for i, batch in enumerate(micro_batches):
-            loss = self._loss_of_step(batch)
+            loss = self._loss_of_step(batch, pending)
             losses.append(loss.detach())
             if self.is_engine:
                 self.model.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
@@ -109,32 +119,69 @@ class Level:
         return torch.stack(losses).mean()
 
     def apply(self) -> None:
-        """The second half of `step`: the optimizer step, recorded if it will be needed."""
+        """The second half of `step`: the optimizer step, recorded if it will be needed.
+
+        Along a gradient that came from `set_gradient` it is not recorded.
+        """
+        pending = self._take_pending()
         if self.settings is not None:
-            with torch.no_grad(), self.constants() as models:
+            with torch.no_grad(), pending.bindings[0].constants() as models:
                 self._set_settings(self.settings(_Models(models, self)))
         self._check_used()
-        is_recorded = self.window > 0 and self._num_taken >= self.num_steps - self.window
-        with self._recording() if is_recorded else nullcontext():
+        wanting = [b for b in pending.bindings if pending.micro_batches and b.wants_record]
+        if wanting:
+            self._take_recorded_step(wanting, pending)
+        else:
             self._take_step()
-        self._num_taken += 1
+            self.num_moves += 1
+        for binding in pending.bindings:
+            binding.num_taken += 1
 
     def discard(self) -> None:
         """Instead of `apply`: take no step, and forget the gradient and this cycle's records."""
         self.partition.clear_gradients()
-        self.records.clear()
-        self._num_taken += 1
+        for binding in self._take_pending().bindings:
+            binding.records.clear()
+            binding.num_taken += 1
+
+    @property
+    def bindings(self) -> list["Binding"]:
+        """One for each problem that the level is in, in the order in which these were made."""
+        return [binding for ref in self._bindings if (binding := ref()) is not None]
+
+    @property
+    def window(self) -> int:
+        """How many of a cycle's newest steps are recorded, for the problem that asks for most."""
+        return max((binding.window for binding in self.bindings), default=0)
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """This cycle's recorded steps, oldest first, of the problem that has most of them."""
+        return max((list(binding.records) for binding in self.bindings), key=len, default=[])
 
     @property
     def is_recorded(self) -> bool:
-        """Whether this cycle's steps were recorded as far as the estimator asks for."""
-        return len(self.records) == self.window
+        """Whether this cycle's steps were recorded as far as the estimators ask for."""
+        return all(len(binding.records) == binding.window for binding in self.bindings)
 
     def clear(self) -> None:
-        """Forget the recorded steps: a new cycle begins."""
-        self.records.clear()
-        self._waiting = []
-        self._num_taken = 0
+        """Forget the recorded steps, those of all problems: a new cycle begins."""
+        self._pending = None
+        for binding in self.bindings:
+            binding.clear()
+
+    def join(self, binding: "Binding") -> None:
+        """Make steps count for another problem, as long as it keeps its binding."""
+        self._bindings = [weakref.ref(other) for other in (*self.bindings, binding)]
+
+    @contextmanager
+    def serving(self, binding: "Binding") -> Iterator[None]:
+        """Inside, steps are those of one problem, and of others that bind the level alike."""
+        self._served = binding
+        try:
+            yield
+        finally:
+            self._served = None
 
     def set_gradient(self, vector: Vector) -> None:
         """Make a vector the gradient that `apply` uses. All ranks must call."""
@@ -143,25 +190,6 @@ class Level:
     def named(self, vector: Vector) -> dict[str, Tensor]:
         """A vector as whole tensors by parameter name, on every rank. All ranks must call."""
         return self.partition.gather(list(self.partition.shapes), vector)[0]
-
-    @contextmanager
-    def constants(self, kept: KeptCalls | None = None) -> Iterator[dict[str, Any]]:
-        """The models of the other levels, whose weights are constants.
-
-        Args:
-            kept: keeps the calls of the levels in `keeps`.
-        """
-        with ExitStack() as stack:
-            models: dict[str, Any] = {}
-            for name, other in self.others.items():
-                keeps = kept is not None and name in self.keeps
-                sink = kept.sink(name) if kept is not None and keeps else None
-                weights = Weights(other.twin, other.partition, sink=sink)
-                models[name] = stack.enter_context(other.twin.bound(weights))
-                if kept is not None and keeps:
-                    device = other.partition.device
-                    models[name] = kept.recording(name, other.twin, weights, device)
-            yield models
 
     def evaluate(self, models: Models, micro_batch: MicroBatch) -> Tensor:
         """The loss, scalar and of this rank; notes what a `WeightedLoss` wants frozen."""
@@ -180,25 +208,38 @@ class Level:
             raise ValueError(f"the loss of level {self.name} must be a scalar, got {shape}")
         return loss
 
-    def micro_batch(self, batch: Any) -> MicroBatch:
-        """A batch with the present random state and modes."""
-        modes = {name: other.twin.modes() for name, other in self.others.items()}
-        modes[self.name] = self.twin.modes()
-        return MicroBatch(batch, RandomState.now(self.partition.device), modes)
-
-    def _loss_of_step(self, batch: Any) -> Tensor:
-        micro_batch = self.micro_batch(batch)
-        if self._is_last_step:
+    def _loss_of_step(self, batch: Any, pending: "_Pending") -> Tensor:
+        binding = pending.bindings[0]  # they all read the same levels
+        micro_batch = binding.micro_batch(batch)
+        keeps = {n for b in pending.bindings if b.is_last_step for n in b.keeps}
+        if keeps:
             micro_batch.kept = KeptCalls()
-        with self.constants(micro_batch.kept) as models:
+        with binding.constants(micro_batch.kept, keeps) as models:
             loss = self.evaluate({**models, self.name: self.model}, micro_batch)
-        if self.window:
-            self._waiting.append(micro_batch)
+        if any(b.window for b in pending.bindings):
+            pending.micro_batches.append(micro_batch)
         return loss
 
-    @property
-    def _is_last_step(self) -> bool:
-        return bool(self.keeps) and self._num_taken == self.num_steps - 1
+    def _bindings_to_serve(self) -> list["Binding"]:
+        """Those of the problems whose step it is; one to itself where there is no problem."""
+        bindings = self.bindings
+        first = self._served or (bindings[0] if bindings else Binding(self, {}))
+        alike = [b for b in bindings if b.others == first.others]
+        if self._served is None and len(alike) < len(bindings):
+            names = {n for b in bindings for n, lv in b.others.items() if lv is not first.others[n]}
+            raise ValueError(
+                f"level {self.name} is in several problems that mean different levels by "
+                f"{', '.join(sorted(names))}, so its step could be for any of them; call "
+                f"step({self.name!r}, ...) of the problem it is for, or drop the other problems"
+            )
+        return alike or [first]
+
+    def _take_pending(self) -> "_Pending":
+        """What `backward` left for the step; a gradient that was set has no loss to record."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            return pending
+        return _Pending(self._bindings_to_serve() if self.settings else self.bindings, {})
 
     @property
     def num_micro_batches(self) -> int:
@@ -227,14 +268,23 @@ class Level:
                     raise ValueError(f"settings of level {self.name}: use lr and weight_decay only")
                 group[key] = float(value)
 
-    def _recording(self) -> AbstractContextManager[None]:
+    def _take_recorded_step(self, bindings: Sequence["Binding"], pending: "_Pending") -> None:
+        make_room(binding.records for binding in bindings)
+        with self._recording(pending) as record:
+            self._take_step()
+        if record.steps:  # an engine skips a step with bad numbers
+            self.num_moves += 1
+            for binding in bindings:
+                binding.records.append(record)
+
+    def _recording(self, pending: "_Pending") -> AbstractContextManager[StepRecord]:
         # `_take_step` lets go of a module's gradients, so they can be kept as they are, but SGD may
         # write into them, and engines use their memory again.
         owns_gradients = not self.is_engine and type(self.optimizer) is not torch.optim.SGD
         return recording(
             self.partition,
-            self.records,
-            self._waiting,
+            pending.micro_batches,
+            pending.moves,
             clips=bool(self.max_norm),
             owns_gradients=owns_gradients,
         )
@@ -251,6 +301,99 @@ class Level:
             self.scheduler.step()
 
 
+class Binding:
+    """A level's place in one problem, which owns this: what the level reads, and its records.
+
+    Args:
+        level: whose place it is.
+        others: the levels that it names in `lower` and `upper`, by name.
+        window: newest steps of a cycle to record.
+        keeps: levels below whose calls in the cycle's last step are kept for the hypergradient.
+
+    Attributes:
+        records: the newest recorded steps of this cycle, oldest first, at most `window`.
+        num_taken: steps of this cycle.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        others: Mapping[str, Level],
+        window: int = 0,
+        keeps: Sequence[str] = (),
+    ) -> None:
+        self.level = level
+        self.others = dict(others)
+        self.window = window
+        self.keeps = tuple(keeps)
+        self.records: deque[StepRecord] = deque(maxlen=window)
+        # In mid-cycle it joins the cycle of a problem that binds the level alike.
+        alike = (b.num_taken for b in level.bindings if b.others == self.others)
+        self.num_taken: int = max(alike, default=0)
+
+    @property
+    def wants_record(self) -> bool:
+        """Whether the next step is among those to record."""
+        return self.window > 0 and self.num_taken >= self.level.num_steps - self.window
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the next step ends the cycle."""
+        return self.num_taken == self.level.num_steps - 1
+
+    def clear(self) -> None:
+        """Forget the recorded steps: a new cycle begins."""
+        self.records.clear()
+        self.num_taken = 0
+
+    def moves(self) -> dict[str, int]:
+        """How many steps the weights have taken that the level's loss reads, by level name."""
+        return {level.name: level.num_moves for level in (self.level, *self.others.values())}
+
+    def micro_batch(self, batch: Any) -> MicroBatch:
+        """A batch with the present random state and modes."""
+        levels = (self.level, *self.others.values())
+        modes = {level.name: level.twin.modes() for level in levels}
+        return MicroBatch(batch, RandomState.now(self.level.partition.device), modes)
+
+    def weights_of_others(self, sinks: Mapping[str, GradientSink]) -> dict[str, Weights]:
+        """The other levels' live weights; those without a sink are constants."""
+        return {
+            name: Weights(other.twin, other.partition, sink=sinks.get(name))
+            for name, other in self.others.items()
+        }
+
+    @contextmanager
+    def constants(
+        self, kept: KeptCalls | None = None, keeps: Collection[str] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """The models of the other levels, whose weights are constants.
+
+        Args:
+            kept: keeps the calls of the levels in `keeps`.
+        """
+        with ExitStack() as stack:
+            models: dict[str, Any] = {}
+            for name, other in self.others.items():
+                keeper = kept if name in keeps else None
+                sink = keeper.sink(name) if keeper else None
+                weights = Weights(other.twin, other.partition, sink=sink)
+                models[name] = stack.enter_context(other.twin.bound(weights))
+                if keeper:
+                    device = other.partition.device
+                    models[name] = keeper.recording(name, other.twin, weights, device)
+            yield models
+
+
+@dataclass
+class _Pending:
+    """A step between its two halves: for which problems it is, and what it was computed from."""
+
+    bindings: list[Binding]
+    moves: dict[str, int]
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+
+
 class _Models(dict[str, Any]):
     """Models by level name, with an error that says how to reach a missing one."""
 
@@ -263,7 +406,13 @@ class _Models(dict[str, Any]):
         return super().__getitem__(name)
 
     def __missing__(self, name: str) -> Any:
+        level = self._level
+        if name in (*level.lower, *level.upper):
+            raise ValueError(
+                f"the loss of level {level.name} uses models[{name!r}], but level {level.name} is "
+                f"in no problem; put it and level {name} into a Multilevel, and keep that"
+            )
         raise ValueError(
-            f"the loss of level {self._level.name} uses models[{name!r}]; name that level in its "
-            "lower or upper"
+            f"the loss of level {level.name} uses models[{name!r}]; name that level in its lower "
+            "or upper"
         )

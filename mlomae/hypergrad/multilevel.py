@@ -1,6 +1,5 @@
 """A problem of several levels: who depends on whom, and the sweep that yields a hypergradient."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor
 
 from mlomae.hypergrad.estimators import Estimator, Unrolled
-from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.level import Binding, Level
 from mlomae.hypergrad.losses import WeightedLoss
 from mlomae.hypergrad.partition import Vector
-from mlomae.hypergrad.products import running
 from mlomae.hypergrad.randomness import restored
-from mlomae.hypergrad.twin import GradientSink, Weights
+from mlomae.hypergrad.twin import GradientSink, Weights, running
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,12 @@ class Multilevel:
     then every upper level, whose weights are hyperparameters below, takes one along its
     hypergradient.
 
+    A level may be in several problems at once, such as one for each of several estimators. Its step
+    is recorded for all that bind it to the same other levels; where they do not, it is stepped by
+    `step` of one problem, and the hypergradients of the others are refused until it is stepped for
+    them again. The records go with the problem: keep a reference to it. All ranks must make and
+    drop problems alike.
+
     Args:
         levels: in any order.
         estimator: how hypergradients are computed.
@@ -58,19 +62,32 @@ class Multilevel:
         keep_activations: bool = True,
     ) -> None:
         self.estimator = estimator or Unrolled(steps=1)
-        given = list(levels)
-        self.levels = {level.name: level for level in given}
-        if len(self.levels) != len(given):
+        members = list(levels)
+        self.levels = {level.name: level for level in members}
+        if len(self.levels) != len(members):
             raise ValueError("two levels have the same name; rename one")
         _check_names(self.levels)
-        _check_weights(given)
+        _check_weights(members)
         self._order = _lowest_first(self.levels)
-        self.uppers = [n for n in self._order if any(n in lv.upper for lv in given)]
+        self.uppers = [n for n in self._order if any(n in lv.upper for lv in members)]
         _check_uppers(self.levels, self.uppers)
-        for level in given:
-            level.others = {n: self.levels[n] for n in (*level.lower, *level.upper)}
-        self._keep_activations = keep_activations
-        self._set_windows()
+        self._bindings = self._bind(keep_activations)
+        for level in members:  # once nothing can be refused any more
+            level.join(self._bindings[level.name])
+
+    def step(self, name: str, *micro_batches: object) -> Tensor:
+        """One step of a level in this problem, whatever others it is in; returns its mean loss.
+
+        All ranks must call.
+
+        Raises:
+            ValueError: there is no such level, or as `Level.step`.
+        """
+        if name not in self.levels:
+            raise ValueError(f"{name!r} is no level; there are {', '.join(self.levels)}")
+        level = self.levels[name]
+        with level.serving(self._bindings[name]):
+            return level.step(*micro_batches)
 
     def hypergradient(self, upper: str, *micro_batches: object) -> Hypergradient:
         """Derivative of an upper level's loss by its weights, through the recorded steps below.
@@ -84,24 +101,25 @@ class Multilevel:
 
         Raises:
             RuntimeError: a level below has taken too few steps in this cycle.
-            ValueError: there is no such upper level or no micro-batch, a loss is no scalar, or no
-                loss below calls the upper level's model.
+            ValueError: there is no such upper level or no micro-batch, a loss is no scalar, no
+                loss below calls the upper level's model, or a level has taken a step which this
+                problem did not record.
         """
         if upper not in self.uppers:
             raise ValueError(f"{upper!r} is no upper level; there are {', '.join(self.uppers)}")
         if not micro_batches:
             raise ValueError(f"level {upper} needs at least one micro-batch for its hypergradient")
-        target = self.levels[upper]
+        target = self._bindings[upper]
         below = self._between(upper)
         sinks = {name: GradientSink(self.levels[name].partition) for name in (*below, upper)}
-        with restored(target.partition.device), torch.enable_grad():
+        with restored(target.level.partition.device), torch.enable_grad():
             losses = [
                 self._top(target, batch, len(micro_batches), sinks) for batch in micro_batches
             ]
             for name in reversed(below):
-                level, sink = self.levels[name], sinks.pop(name)
-                wanted = {n: sinks[n] for n in level.others if n in sinks}
-                self.estimator.push(level, sink.take(), wanted)
+                binding, sink = self._bindings[name], sinks.pop(name)
+                wanted = {n: sinks[n] for n in binding.others if n in sinks}
+                self.estimator.push(binding, sink.take(), wanted)
         if not sinks[upper].is_reached:
             raise ValueError(
                 f"no loss below uses models[{upper!r}] differentiably, so level {upper} has no "
@@ -118,38 +136,43 @@ class Multilevel:
         Returns:
             The mean loss of each level on this rank, by name.
         """
+        self.clear()  # of steps that belong to another problem's cycle
         losses = {}
         for name in self._order:
             if name not in self.uppers:
-                level = self.levels[name]
-                steps = [level.step(*self._next(level, batches)) for _ in range(level.num_steps)]
+                steps = [
+                    self.step(name, *self._next(name, batches))
+                    for _ in range(self.levels[name].num_steps)
+                ]
                 losses[name] = torch.stack(steps).mean()
-        found = {
-            name: self.hypergradient(name, *self._next(self.levels[name], batches))
-            for name in self.uppers
+        results = {
+            name: self.hypergradient(name, *self._next(name, batches)) for name in self.uppers
         }
-        for name, result in found.items():  # after all are known: one may depend on another
+        for name, result in results.items():  # after all are known: one may depend on another
             losses[name] = result.loss
-            self.levels[name].set_gradient(result.vector)
-            self.levels[name].apply()
+            self._step_along(name, result)
         self.clear()
         return losses
 
     def clear(self) -> None:
         """Forget the recorded steps of all levels: the next cycle begins."""
-        for level in self.levels.values():
-            level.clear()
+        for binding in self._bindings.values():
+            binding.clear()
+
+    def _step_along(self, upper: str, hypergradient: Hypergradient) -> None:
+        level = self.levels[upper]
+        with level.serving(self._bindings[upper]):
+            level.set_gradient(hypergradient.vector)
+            level.apply()
 
     def _top(
-        self, target: Level, batch: object, num: int, sinks: dict[str, GradientSink]
+        self, target: Binding, batch: object, num: int, sinks: dict[str, GradientSink]
     ) -> Tensor:
-        micro_batch = target.micro_batch(batch)
-        sources = {
-            level: Weights(level.twin, level.partition, sink=sinks.get(level.name))
-            for level in (target, *target.others.values())
-        }
-        with running(sources, micro_batch) as models:
-            loss = target.evaluate(models, micro_batch)
+        level, micro_batch = target.level, target.micro_batch(batch)
+        weights = Weights(level.twin, level.partition, sink=sinks[level.name])
+        sources = {level.name: weights, **target.weights_of_others(sinks)}
+        with running(sources, micro_batch.modes) as models:
+            loss = level.evaluate(models, micro_batch)
             (loss / num).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -162,7 +185,21 @@ class Multilevel:
                 influenced.append(name)
         return [n for n in influenced if n in _below(self.levels, upper)]
 
-    def _set_windows(self) -> None:
+    def _bind(self, keep_activations: bool) -> dict[str, Binding]:
+        between = self._check_between()
+        reuses = keep_activations and self.estimator.reuses_activations
+        bindings = {}
+        for name, level in self.levels.items():
+            others = {n: self.levels[n] for n in (*level.lower, *level.upper)}
+            window = self.estimator.window(level) if name in between else 0
+            # With what it froze, a `WeightedLoss` may make other calls than in its step.
+            keeps = window and reuses and not isinstance(level.loss, WeightedLoss)
+            kept = [n for n in level.lower if keeps and n in between]
+            bindings[name] = Binding(level, others, window, kept)
+        return bindings
+
+    def _check_between(self) -> list[str]:
+        """Levels whose steps are differentiated, which the estimator must be able to."""
         between = {name: upper for upper in self.uppers for name in self._between(upper)}
         for name, upper in between.items():
             level = self.levels[name]
@@ -173,15 +210,10 @@ class Multilevel:
                     f"out of what {upper} depends on, or train both in one level"
                 )
             self.estimator.check(level)
-            level.window = self.estimator.window(level)
-            keeps = self._keep_activations and self.estimator.reuses_activations
-            # Given what it froze, a `WeightedLoss` may make other calls than in its step.
-            keeps = keeps and not isinstance(level.loss, WeightedLoss)
-            level.keeps = tuple(n for n in level.lower if keeps and n in between)
-            level.records = deque(maxlen=level.window)
+        return list(between)
 
-    def _next(self, level: Level, batches: Mapping[str, Iterator[object]]) -> list[object]:
-        return [next(batches[level.name]) for _ in range(level.num_micro_batches)]
+    def _next(self, name: str, batches: Mapping[str, Iterator[object]]) -> list[object]:
+        return [next(batches[name]) for _ in range(self.levels[name].num_micro_batches)]
 
 
 def _check_names(levels: Mapping[str, Level]) -> None:
@@ -222,10 +254,10 @@ def _lowest_first(levels: Mapping[str, Level]) -> list[str]:
 
 def _below(levels: Mapping[str, Level], name: str) -> set[str]:
     """All levels that a level's loss depends on, directly or through others."""
-    found: set[str] = set()
+    below: set[str] = set()
     for lower in levels[name].lower:
-        found |= {lower} | _below(levels, lower)
-    return found
+        below |= {lower} | _below(levels, lower)
+    return below
 
 
 def _check_uppers(levels: Mapping[str, Level], uppers: Sequence[str]) -> None:

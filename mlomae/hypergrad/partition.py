@@ -130,15 +130,6 @@ class Partition(ABC):
             view(vector, fragment).copy_(self.weights_of(fragment))
         return vector
 
-    def gradient(self) -> Vector:
-        """A copy of the reduced gradient; zero where there is none."""
-        vector = self.zeros()
-        for fragment in self.fragments:
-            grad = self.gradient_of(fragment)
-            if grad is not None:
-                view(vector, fragment).copy_(grad).div_(self.loss_scale)
-        return vector
-
     def dot(self, left: Vector, right: Vector) -> float:
         """Inner product over all shards and ranks, in float64. All ranks must call."""
         total = torch.zeros((), dtype=torch.float64, device=left[0].device)
@@ -203,9 +194,9 @@ class Partition(ABC):
             For each vector, a tensor of the parameter's shape by name.
         """
         if not self.is_sharded:  # nothing to assemble
-            own = {f.name: f for f in self.fragments if f.name in names}
+            whole = {f.name: f for f in self.fragments if f.name in names}
             return [
-                {name: alias(view(vector, own[name]), 0, self.shapes[name]) for name in names}
+                {name: alias(view(vector, whole[name]), 0, self.shapes[name]) for name in names}
                 for vector in vectors
             ]
         sizes = [self.shapes[name].numel() for name in names]

@@ -7,7 +7,7 @@ and (d2L / dw2) c when asked for.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +15,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from mlomae.hypergrad.functions import differentiable_functions, explain
-from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.level import Binding, Level
 from mlomae.hypergrad.losses import Models, WeightedLoss
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.records import MicroBatch
-from mlomae.hypergrad.twin import GradientSink, Weights, fetched_again
+from mlomae.hypergrad.twin import GradientSink, Weights, running
 
 Sinks = dict[str, GradientSink]
 """Where the derivatives by other levels' weights go, by the level's name."""
@@ -30,7 +30,7 @@ class Products(Protocol):
 
     def __call__(
         self,
-        level: Level,
+        binding: Binding,
         weights: Vector | None,
         micro_batches: Sequence[MicroBatch],
         direction: Vector,
@@ -41,7 +41,7 @@ class Products(Protocol):
         """Add (d2L / dothers dw)^T c to the sinks. All ranks must call.
 
         Args:
-            level: whose loss L is, and whose weights w are.
+            binding: of the level whose loss L is, and whose weights w are.
             weights: where to differentiate, as shards; None for the live weights.
             micro_batches: L is the mean over them.
             direction: c, averaged over ranks.
@@ -63,7 +63,7 @@ class TangentProducts:
 
     def __call__(
         self,
-        level: Level,
+        binding: Binding,
         weights: Vector | None,
         micro_batches: Sequence[MicroBatch],
         direction: Vector,
@@ -71,28 +71,30 @@ class TangentProducts:
         *,
         hessian: bool,
     ) -> Vector:
-        own = GradientSink(level.partition) if hessian else None
+        level = binding.level
+        product = GradientSink(level.partition) if hessian else None
         scale, tangents = _scaled(level, direction)
         # Gathered like the tangents, for live weights lie in memory in other ways.
         values = level.partition.weights() if weights is None else weights
-        is_table = _is_table(level, sinks, own)
+        is_table = _is_table(level, sinks, product)
         for micro_batch in micro_batches:
             # What the step called below depends on no weight of its own level; it serves one sweep.
-            is_kept = all(name in sinks for name in level.keeps)
-            kept = micro_batch.kept if is_kept else None
+            kept = micro_batch.kept if binding.keeps else None
+            if kept is not None and not all(name in sinks for name in kept.names):
+                kept = None
             with (
                 _explained(level),
-                _running(level, values, tangents, sinks, own, micro_batch) as models,
+                _running(binding, values, tangents, sinks, product, micro_batch) as models,
             ):
                 if kept is not None:
-                    models |= {n: kept.replaying(n, models[n]) for n in level.keeps}
+                    models |= {n: kept.replaying(n, models[n]) for n in kept.names}
                 value = _derivative(level, models, micro_batch, is_table)
                 # Outside the dual level, or the backward pass would carry tangents as well.
                 _backward(value * (scale / len(micro_batches)))
             if kept is not None:
                 kept.backward(sinks)
                 micro_batch.kept = None
-        return own.take() if own else []
+        return product.take() if product else []
 
 
 class DifferenceProducts:
@@ -112,7 +114,7 @@ class DifferenceProducts:
 
     def __call__(
         self,
-        level: Level,
+        binding: Binding,
         weights: Vector | None,
         micro_batches: Sequence[MicroBatch],
         direction: Vector,
@@ -120,14 +122,16 @@ class DifferenceProducts:
         *,
         hessian: bool,
     ) -> Vector:
-        own = GradientSink(level.partition) if hessian else None
-        partition = level.partition
+        level, partition = binding.level, binding.level.partition
+        product = GradientSink(partition) if hessian else None
         norm = math.sqrt(partition.dot(direction, direction))
         base = partition.weights() if weights is None else weights
         eps = self.distance(level, base) / (norm or 1.0)
         for micro_batch in micro_batches:
-            self._one(level, base, direction, eps, sinks, own, micro_batch, len(micro_batches))
-        return own.take() if own else []
+            self._one(
+                binding, base, direction, eps, sinks, product, micro_batch, len(micro_batches)
+            )
+        return product.take() if product else []
 
     def distance(self, level: Level, weights: Vector) -> float:
         """How far the weights are moved, in the global 2-norm. All ranks must call.
@@ -154,23 +158,24 @@ class DifferenceProducts:
 
     def _one(
         self,
-        level: Level,
+        binding: Binding,
         base: Vector,
         direction: Vector,
         eps: float,
         sinks: Sinks,
-        own: GradientSink | None,
+        product: GradientSink | None,
         micro_batch: MicroBatch,
         num: int,
     ) -> None:
+        level = binding.level
         table: Any = 0.0
-        is_table = _is_table(level, sinks, own)
+        is_table = _is_table(level, sinks, product)
         for sign in (1.0, -1.0):
             moved = [
                 (w + c * (sign * eps)).to(w.dtype) for w, c in zip(base, direction, strict=True)
             ]
             factor = sign / (2 * eps * num)
-            with _running(level, moved, None, sinks, own, micro_batch) as models:
+            with _running(binding, moved, None, sinks, product, micro_batch) as models:
                 if is_table:
                     losses, factors = _table(level, models, micro_batch)
                     table = table + losses * factor
@@ -191,9 +196,9 @@ def _scaled(level: Level, direction: Vector) -> tuple[float, Vector]:
     return norm, [(c * (1 / norm if norm else 0.0)).to(level.dtype) for c in direction]
 
 
-def _is_table(level: Level, sinks: Sinks, own: GradientSink | None) -> bool:
+def _is_table(level: Level, sinks: Sinks, product: GradientSink | None) -> bool:
     """Whether the losses of a `WeightedLoss` are plain numbers for every wanted derivative."""
-    through_losses = own is not None or any(name in sinks for name in level.lower)
+    through_losses = product is not None or any(name in sinks for name in level.lower)
     return isinstance(level.loss, WeightedLoss) and not through_losses
 
 
@@ -228,33 +233,24 @@ def _reweighted(level: Level, models: Models, micro_batch: MicroBatch) -> Tensor
 
 @contextmanager
 def _running(
-    level: Level,
+    binding: Binding,
     weights: Vector | None,
     tangents: Vector | None,
     sinks: Sinks,
-    own: GradientSink | None,
+    product: GradientSink | None,
     micro_batch: MicroBatch,
 ) -> Iterator[dict[str, Any]]:
     """Twins of the level and of all that its loss reads, as the step found them."""
+    level = binding.level
     sources = {
-        level: Weights(level.twin, level.partition, values=weights, tangents=tangents, sink=own)
+        level.name: Weights(
+            level.twin, level.partition, values=weights, tangents=tangents, sink=product
+        )
     }
-    for name, other in level.others.items():
-        sources[other] = Weights(other.twin, other.partition, sink=sinks.get(name))
-    with running(sources, micro_batch) as models:
+    sources |= binding.weights_of_others(sinks)
+    with running(sources, micro_batch.modes) as models:
         micro_batch.random_state.restore()
         yield models
-
-
-@contextmanager
-def running(sources: dict[Level, Weights], micro_batch: MicroBatch) -> Iterator[dict[str, Any]]:
-    """Twins with the given weights and the micro-batch's training modes, by level name."""
-    with ExitStack() as stack:
-        stack.enter_context(fetched_again(list(sources.values())))
-        yield {
-            level.name: stack.enter_context(level.twin.bound(w, micro_batch.modes.get(level.name)))
-            for level, w in sources.items()
-        }
 
 
 def _tangent(output: Tensor) -> Tensor:
@@ -269,7 +265,7 @@ def _backward(value: Tensor) -> None:
 
 @contextmanager
 def _explained(level: Level) -> Iterator[None]:
-    """Torch's error about a function without a forward-mode rule, as a sentence with the mend."""
+    """Torch's error about a function without a forward-mode rule, as a sentence with the fix."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:

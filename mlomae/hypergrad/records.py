@@ -1,7 +1,7 @@
 """What it takes to differentiate an optimizer step afterwards, recorded while it is taken."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,47 +33,55 @@ class StepRecord:
     Attributes:
         weights: the weights before the step, in compute precision.
         micro_batches: what the gradient was computed on.
+        moves: how many steps each level's weights had taken before this one, by level name: those
+            of the level itself and of the levels that its loss read.
         norm: global norm of the gradient before clipping; 0 when nothing is clipped.
-        steps: what the optimizer did, by shard.
+        steps: what the optimizer did, by shard; empty when an engine skipped the step.
     """
 
     weights: Vector
     micro_batches: list[MicroBatch]
+    moves: dict[str, int]
     norm: float
     steps: dict[int, ShardStep] = field(default_factory=dict)
 
-    def bytes(self) -> int:
-        """Memory of the tensors held as shards on this rank."""
-        tensors = list(self.weights)
-        for step in self.steps.values():
-            tensors += [step.grad, *(s for s in step.state.values() if isinstance(s, Tensor))]
-        return sum(t.numel() * t.element_size() for t in tensors)
+
+def make_room(windows: Iterable[deque[StepRecord]]) -> None:
+    """Prepare windows of recorded steps for one more, before it is taken.
+
+    A full window's oldest record goes, so that the step can use its memory, and the newest one
+    copies what the optimizer remembers, which the step is about to change.
+    """
+    newest = {}
+    for records in windows:
+        if len(records) == records.maxlen:
+            records.popleft()
+        if records:
+            newest[id(records[-1])] = records[-1]  # several windows may share it
+    for record in newest.values():
+        _keep_state(record)
 
 
 @contextmanager
 def recording(
     partition: Partition,
-    records: deque[StepRecord],
     micro_batches: list[MicroBatch],
+    moves: dict[str, int],
     *,
     clips: bool,
     owns_gradients: bool,
-) -> Iterator[None]:
+) -> Iterator[StepRecord]:
     """Record the one optimizer step taken inside. All ranks must enter.
 
     Args:
-        records: takes the record; its oldest one goes when it is full.
+        micro_batches, moves: as `StepRecord` has them.
         clips: whether the gradient is clipped by its global norm.
         owns_gradients: whether nobody writes into the gradients after the step.
     """
-    if len(records) == records.maxlen:
-        records.popleft()  # before the next one needs its memory
-    if records:
-        _keep_state(records[-1])
     norm = partition.gradient_norm() if clips else 0.0
-    record = StepRecord(partition.weights(), micro_batches, norm)
+    record = StepRecord(partition.weights(), micro_batches, moves, norm)
     with _noted_gradients(partition, record, owns_gradients):
-        yield
+        yield record
     shards = partition.shards()
     for i, step in record.steps.items():
         # In place, not copied: `_keep_state` copies it when another step is about to change it.
@@ -81,8 +89,6 @@ def recording(
         names = remembered(partition.optimizer)
         step.state = {key: state[key].flatten() for key in names if key in state}
         step.state["step"] = float(state.get("step", 0))
-    if record.steps:  # an engine skips a step with bad numbers
-        records.append(record)
 
 
 @contextmanager

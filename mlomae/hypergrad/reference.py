@@ -64,11 +64,11 @@ class OptimizerRules:
         """New weights and memory; like torch's, it leaves weights without a gradient alone."""
         weights, memory = dict(weights), dict(memory)
         for name, grad in _clip(grads, self.max_norm).items():
-            own, past = settings[self.group_of[name]], memory.get(name, {})
+            group, past = settings[self.group_of[name]], memory.get(name, {})
             if self.kind == "sgd":
-                result = _sgd(weights[name], grad, own, past)
+                result = _sgd(weights[name], grad, group, past)
             else:
-                result = _adam(weights[name], grad, own, past, decoupled=self.kind == "adamw")
+                result = _adam(weights[name], grad, group, past, decoupled=self.kind == "adamw")
             weights[name], memory[name] = result
         return weights, memory
 
@@ -137,8 +137,8 @@ def unroll(
         for index in range(len(level.batches)):
             grads = _gradient(level, levels, weights, index, with_hessian)
             settings = _settings(level, _models(levels, weights), index)
-            own = weights[level.name]
-            weights[level.name], memory = level.rules.step(own, grads, settings, memory)
+            before = weights[level.name]
+            weights[level.name], memory = level.rules.step(before, grads, settings, memory)
     return weights
 
 
@@ -210,12 +210,12 @@ def _gradient(
 ) -> Weights:
     """The step's gradient by the level's own weights, as far as the loss reads them."""
     # New tensors for the weights: a path to them through the levels below is not the loss's own.
-    own = {n: w.view_as(w) for n, w in weights[level.name].items()}
+    leaves = {n: w.view_as(w) for n, w in weights[level.name].items()}
     if not with_hessian:
-        own = {n: w.detach().requires_grad_() for n, w in own.items()}
-    loss = _loss(level, _models(levels, {**weights, level.name: own}), index)
-    grads = torch.autograd.grad(loss, list(own.values()), create_graph=True, allow_unused=True)
-    return {n: g for n, g in zip(own, grads, strict=True) if g is not None}
+        leaves = {n: w.detach().requires_grad_() for n, w in leaves.items()}
+    loss = _loss(level, _models(levels, {**weights, level.name: leaves}), index)
+    grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+    return {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
 
 
 def _derivative(

@@ -4,29 +4,52 @@ import torch
 from torch import Tensor
 
 from mlomae.hypergrad.adjoints import ShardAdjoint, adjoint_of, through_clipping
-from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.level import Binding, Level
 from mlomae.hypergrad.partition import Vector
-from mlomae.hypergrad.products import Sinks, running
+from mlomae.hypergrad.products import Sinks
 from mlomae.hypergrad.records import StepRecord
-from mlomae.hypergrad.twin import Weights
+from mlomae.hypergrad.twin import running
 
 
-def newest(level: Level, num: int) -> list[StepRecord]:
+def newest(binding: Binding, num: int) -> list[StepRecord]:
     """The newest records of a level, oldest first.
 
     Raises:
         RuntimeError: it has taken fewer steps in this cycle.
+        ValueError: a level has moved in another way since, so that they lead astray.
     """
-    if len(level.records) < num:
+    name, records = binding.level.name, list(binding.records)[-num:]
+    if len(records) < num:
         raise RuntimeError(
-            f"level {level.name} has taken {len(level.records)} recorded steps in this cycle, but "
-            f"{num} are needed; step it before the hypergradient"
+            f"level {name} has taken {len(records)} recorded steps in this cycle, but {num} are "
+            "needed; step it before the hypergradient"
         )
-    return list(level.records)[-num:]
+    _check_unmoved(binding, records)
+    return records
+
+
+def _check_unmoved(binding: Binding, records: list[StepRecord]) -> None:
+    """Refuse records that a level has moved away from: a sweep reads the weights as they are."""
+    name = binding.level.name
+    for age, record in enumerate(reversed(records), 1):
+        expected = record.moves | {name: record.moves[name] + age}
+        moved = [other for other, num in binding.moves().items() if num != expected[other]]
+        if name in moved:
+            raise ValueError(
+                f"level {name} has taken a step that is not recorded for this problem, after one "
+                "that is, so the hypergradient would be wrong; clear() the problem, and take all "
+                "steps of a cycle for it"
+            )
+        if moved:
+            raise ValueError(
+                f"level {moved[0]} has taken a step since the recorded steps of level {name}, "
+                "which read its weights, so the hypergradient would be wrong; take it before that "
+                f"step, or clear() the problem and step level {name} again"
+            )
 
 
 def through_step(
-    level: Level,
+    binding: Binding,
     record: StepRecord,
     shards: list[ShardAdjoint],
     sinks: Sinks,
@@ -36,7 +59,7 @@ def through_step(
     """Pass one recorded step of all shards. All ranks must call.
 
     Args:
-        level: whose step it was.
+        binding: of the level whose step it was.
         record: the step.
         shards: adjoints after the step; become those before it, without the Hessian product.
         sinks: take the derivative by the step's settings, where the level has some.
@@ -45,6 +68,7 @@ def through_step(
     Returns:
         The cotangent of the step's gradient as it was before clipping.
     """
+    level = binding.level
     adjoint = adjoint_of(level.optimizer)
     with_settings = level.settings is not None
     needs_weight = with_settings or type(level.optimizer) is torch.optim.Adam
@@ -58,7 +82,7 @@ def through_step(
         if is_oldest:
             shard.let_go()
     if with_settings:
-        _through_settings(level, record, shards, sinks)
+        _through_settings(binding, record, shards, sinks)
     return _through_clipping(level, record, cotangent)
 
 
@@ -75,15 +99,12 @@ def _through_clipping(level: Level, record: StepRecord, cotangent: Vector) -> Ve
 
 
 def _through_settings(
-    level: Level, record: StepRecord, shards: list[ShardAdjoint], sinks: Sinks
+    binding: Binding, record: StepRecord, shards: list[ShardAdjoint], sinks: Sinks
 ) -> None:
     """Backpropagate the derivative by learning rates and decays to the levels they depend on."""
+    level = binding.level
     assert level.settings is not None
-    sources = {
-        other: Weights(other.twin, other.partition, sink=sinks.get(name))
-        for name, other in level.others.items()
-    }
-    with running(sources, record.micro_batches[-1]) as models:
+    with running(binding.weights_of_others(sinks), record.micro_batches[-1].modes) as models:
         settings = level.settings(models)
     total = torch.zeros((), device=level.partition.device)
     for i, values in enumerate(settings):

@@ -10,7 +10,7 @@ reference and gathered again in the backward pass, so memory beyond the shards s
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -199,7 +199,7 @@ class Weights:
         tangents: Vector | None = None,
         sink: GradientSink | None = None,
     ) -> None:
-        self._buckets = twin.buckets
+        self.twin = twin
         self._partition = partition
         self._vectors = [v for v in (values, tangents) if v is not None]
         self._is_live = values is None
@@ -214,7 +214,7 @@ class Weights:
         if name not in self._fetched:
             with torch._C.DisableTorchFunction():  # fetching is no part of the model
                 self._fetched = {}  # free the old bucket before the new one comes
-                self._load(self._buckets[name])
+                self._load(self.twin.buckets[name])
                 self._fetched = {n: self._prepare(n) for n in self._bucket}
         return self._fetched[name]
 
@@ -248,8 +248,8 @@ class Weights:
         if not self._partition.is_sharded or tensor._is_zerotensor():  # these have no memory
             return None
         pointer = tensor.untyped_storage().data_ptr()
-        for is_tangent, found in ((False, self._values), (True, self._tangents)):
-            for name, weight in found.items():
+        for is_tangent, wholes in ((False, self._values), (True, self._tangents)):
+            for name, weight in wholes.items():
                 if weight.untyped_storage().data_ptr() == pointer:
                     return self, self._bucket, name, is_tangent
         return None
@@ -259,8 +259,8 @@ class Weights:
         if self._bucket is not bucket:
             self._fetched = {}
             self._load(bucket)
-        found = self._tangents if is_tangent else self._values
-        return found[name].untyped_storage()
+        wholes = self._tangents if is_tangent else self._values
+        return wholes[name].untyped_storage()
 
 
 class _Fetch(torch.autograd.Function):
@@ -288,11 +288,29 @@ def fetched_again(sources: Sequence[Weights]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def running(
+    sources: Mapping[str, Weights], modes: Mapping[str, Sequence[bool]]
+) -> Iterator[dict[str, Any]]:
+    """Twins of several levels, each with its weights, by level name.
+
+    Args:
+        sources: the weights of each level.
+        modes: training modes as `Twin.modes` gave them; a level without any has its present ones.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(fetched_again(list(sources.values())))
+        yield {
+            name: stack.enter_context(weights.twin.bound(weights, modes.get(name)))
+            for name, weights in sources.items()
+        }
+
+
 def _pack(tensor: Tensor, sources: Sequence[Weights]) -> Any:
     for source in sources:
-        found = source.locate(tensor)
-        if found is not None:
-            return *found, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        place = source.locate(tensor)
+        if place is not None:
+            return *place, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
     # Not itself: an output which its own node saves would keep both alive for ever.
     return tensor.detach()
 

@@ -1,4 +1,7 @@
-"""How DeepSpeed's engines cut weights into shards, and where they keep gradients, by ZeRO stage."""
+"""How DeepSpeed's engines cut weights into shards, and where they keep gradients, by ZeRO stage.
+
+`partition_of` chooses the partition of any model, engine or plain module.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -220,8 +223,8 @@ class Zero3Partition(_EnginePartition):
     def set_frozen(self, name: str, value: Tensor) -> None:
         param: Any = self.frozen[name]
         size = param.ds_tensor.numel()
-        own = value.flatten()[dist.get_rank(param.ds_process_group) * size :][:size]
-        param.ds_tensor.flatten()[: len(own)].copy_(own)
+        part = value.flatten()[dist.get_rank(param.ds_process_group) * size :][:size]
+        param.ds_tensor.flatten()[: len(part)].copy_(part)
         if param.data.numel() == value.numel():  # small, so it stays whole on every rank
             param.data.copy_(value)
 
@@ -229,11 +232,11 @@ class Zero3Partition(_EnginePartition):
         params = self.params | self.frozen
         shapes = [self.full_shape(params[name]) for name in names]
         parts = [params[n].ds_tensor.detach().flatten() for n in names]  # type: ignore[attr-defined]
-        mine = torch.cat([part.to(self.device) for part in parts])
-        everybodys = mine.new_empty(dist.get_world_size() * mine.numel())
-        dist.all_gather_into_tensor(everybodys, mine)
+        local = torch.cat([part.to(self.device) for part in parts])
+        gathered = local.new_empty(dist.get_world_size() * local.numel())
+        dist.all_gather_into_tensor(gathered, local)
         wholes = torch.split(
-            everybodys.view(-1, mine.numel()), [part.numel() for part in parts], dim=1
+            gathered.view(-1, local.numel()), [part.numel() for part in parts], dim=1
         )
         return {
             name: alias(torch.cat(list(whole)), 0, shape)
@@ -282,9 +285,9 @@ def engine_partition(engine: Any) -> Partition:
     Raises:
         ValueError: the engine uses something that cannot be read exactly; names it.
     """
-    for what, is_used, mend in _unsupported(engine):
+    for what, is_used, fix in _unsupported(engine):
         if is_used:
-            raise ValueError(f"{what} is not supported by hypergradients; {mend}")
+            raise ValueError(f"{what} is not supported by hypergradients; {fix}")
     stage = int(engine.zero_optimization_stage())
     if stage == 0:
         return Zero0Partition(engine)
@@ -296,7 +299,7 @@ def engine_partition(engine: Any) -> Partition:
 
 
 def _unsupported(engine: Any) -> Iterable[tuple[str, bool, str]]:
-    """What is unsupported, whether the engine uses it, and the mend."""
+    """What is unsupported, whether the engine uses it, and the fix."""
     zero, stage = engine._config.zero_config, int(engine.zero_optimization_stage())
     # DeepSpeed 0.19.8 divides gradients there by a scale that it never multiplied the loss by.
     yield "fp16 at ZeRO stage 0", engine.fp16_enabled() and stage == 0, "use another stage or bf16"
@@ -319,10 +322,9 @@ def partition_of(model: Any, optimizer: torch.optim.Optimizer | None) -> Partiti
     """The partition of a plain module with its optimizer, or of a DeepSpeed engine.
 
     Raises:
-        ValueError: the engine uses something that cannot be read exactly; names it.
+        ValueError: a plain module came without its optimizer, or the engine uses something that
+            cannot be read exactly; names it.
     """
-    from mlomae.hypergrad.zero_partitions import engine_partition  # it builds on this file
-
     if optimizer is not None:
         return PlainPartition(model, optimizer, next(model.parameters()).device)
     if not hasattr(model, "zero_optimization_stage"):

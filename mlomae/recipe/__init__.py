@@ -21,7 +21,7 @@ from mlomae.recipe.load import (
     read_values,
 )
 from mlomae.recipe.model import EncoderRecipe, MaskingRecipe, ModelRecipe
-from mlomae.recipe.run import RunRecipe
+from mlomae.recipe.run import RunRecipe, SingleLevelRecipe
 
 __all__ = [
     "RESULT_NEUTRAL_KEYS",
@@ -39,6 +39,7 @@ __all__ = [
     "ModelRecipe",
     "MonitorRecipe",
     "RunRecipe",
+    "SingleLevelRecipe",
     "differing_keys",
     "dump_recipe",
     "find_recipe",

@@ -13,10 +13,16 @@ from pydantic import (
 from typing_extensions import Self
 
 from data_ffcv import Augmentation
-from mlomae.recipe.section import FilePath, Refusal, Section
+from mlomae.recipe.section import (
+    FilePath,
+    Fraction,
+    NumClasses,
+    Probability,
+    Refusal,
+    Section,
+    UpToOne,
+)
 
-_Probability = Annotated[float, Field(ge=0, le=1)]
-_Fraction = Annotated[float, Field(gt=0, lt=1)]
 _RisingPair = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
 _Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 _PositiveTriple = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
@@ -46,25 +52,25 @@ class AugmentationRecipe(Section):
     """Mirror left to right with probability one half."""
     interpolation: Literal["bicubic", "area"] = "bicubic"
     """Resizing kernel; bicubic is antialiased, area is faster."""
-    resize: Annotated[int, Field(ge=1)] | None = None
+    resize: PositiveInt | None = None
     """Length that the shorter side gets before center_crop cuts, or before random_scale_crop
     applies its factor; null keeps the size."""
-    max_class_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_class_ratio: UpToOne = 1.0
     """Draw up to ten windows until no class has a larger share of the labelled pixels;
     random_scale_crop only."""
     auto_augment: str = ""
     """RandAugment in timm's words, rand-m9-mstd0.5-inc1; "" is off."""
     color_jitter: _Jitter | None = None
     """Largest changes of brightness, contrast, saturation and hue; null is off."""
-    color_jitter_prob: _Probability = 1.0
+    color_jitter_prob: Probability = 1.0
     """Probability of the colour jitter."""
-    grayscale_prob: _Probability = 0.0
+    grayscale_prob: Probability = 0.0
     """Probability of losing the colours."""
-    gaussian_blur_prob: _Probability = 0.0
+    gaussian_blur_prob: Probability = 0.0
     """Probability of a Gaussian blur of 0.1 to 2 pixels."""
-    solarize_prob: _Probability = 0.0
+    solarize_prob: Probability = 0.0
     """Probability of inverting all values of 128 and more."""
-    random_erasing_prob: _Probability = 0.0
+    random_erasing_prob: Probability = 0.0
     """Probability of overwriting a rectangle with noise."""
 
     @model_validator(mode="after")
@@ -108,9 +114,9 @@ class ImagesRecipe(Section):
 class DataRecipe(ImagesRecipe):
     """The images of pretraining."""
 
-    num_classes: Annotated[int, Field(ge=2)] | None = None
+    num_classes: NumClasses | None = None
     """Number of classes of the labels; mlo_mae requires it or a section downstream."""
-    mask_fraction: _Fraction = 0.2
+    mask_fraction: Fraction = 0.2
     """Share of the labelled images for the mask level, drawn by class and seed; mlo_mae only."""
 
 
@@ -122,7 +128,7 @@ class DownstreamRecipe(Section):
     train: FilePath
     """The labelled images: a .beton file, or for classification a folder with a folder per class.
     """
-    num_classes: Annotated[int, Field(ge=2)]
+    num_classes: NumClasses
     """Number of their classes."""
     augmentation: AugmentationRecipe | None = None
     """Of classifier and mask, where they have none of their own; null takes data.augmentation."""
@@ -133,5 +139,5 @@ class LabelledRecipe(ImagesRecipe):
 
     test: FilePath
     """The images that accuracy is counted on; likewise."""
-    num_classes: Annotated[int, Field(ge=2)]
+    num_classes: NumClasses
     """Number of classes of both."""

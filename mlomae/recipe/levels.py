@@ -1,21 +1,13 @@
 """The sections on training: levels, hypergradient, checkpoints, monitoring."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
 from mlomae.recipe.images import AugmentationRecipe
-from mlomae.recipe.section import Refusal, Section
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
+from mlomae.recipe.section import BelowOne, Betas, Refusal, Section
 
 
 class LevelRecipe(Section):
@@ -39,11 +31,11 @@ class LevelRecipe(Section):
     """Weight decay; decoupled for adamw."""
     decay_norm_and_bias: bool = False
     """Decay 1-D parameters (biases and norms) as well."""
-    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     """Decay rates of the two moments; adamw only."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment; adamw only."""
-    momentum: _Beta = 0.9
+    momentum: BelowOne = 0.9
     """Momentum; sgd only."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Linear warm-up from zero, epochs of the recipe; the schedule follows."""
@@ -89,7 +81,7 @@ class LevelRecipe(Section):
 class ClassifierRecipe(LevelRecipe):
     """The classifier level: batches, optimizer and head."""
 
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: BelowOne = 0.1
     """Dropout probability before the last linear layer of the head."""
 
 

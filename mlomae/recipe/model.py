@@ -1,32 +1,18 @@
 """The sections on what is trained: model and masking."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
 from mlomae.models.attention import BACKENDS
 from mlomae.models.mae import num_kept
 from mlomae.models.masking import LightMaskingNetwork
 from mlomae.models.registry import PRESETS
-from mlomae.recipe.section import Refusal, Section, nearest
+from mlomae.recipe.section import BelowOne, Fraction, Refusal, Section, Sides, nearest
 
 PRESET_SIZES = ("embed_dim", "depth", "num_heads")
-
-_Sides = Annotated[
-    tuple[PositiveInt, PositiveInt],
-    BeforeValidator(lambda v: (v, v) if type(v) is int else v),
-    Field(strict=False),
-]
-_Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class EncoderRecipe(Section):
@@ -34,7 +20,7 @@ class EncoderRecipe(Section):
 
     preset: str | None = None
     """Encoder size by name, vit_tiny to vit_huge; fills embed_dim, depth and num_heads."""
-    image_size: _Sides
+    image_size: Sides
     """Height and width of the input, [height, width] or one number for a square, pixels."""
     patch_size: PositiveInt
     """Side of a square patch, pixels."""
@@ -46,7 +32,7 @@ class EncoderRecipe(Section):
     """Attention heads of an encoder block; wins over the preset's."""
     mlp_ratio: PositiveFloat = 4.0
     """Hidden width of a block's MLP over its width."""
-    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path_rate: BelowOne = 0.0
     """Stochastic depth of the last encoder block, falling linearly to 0 at the first."""
     global_pool: Literal["token", "avg"] = "token"
     """Features of a whole image: the class token, or the mean of the patch tokens."""
@@ -145,9 +131,9 @@ _HIDDEN_DIMS = {"mlp": 512, "light": 128}
 class MaskingRecipe(Section):
     """Which patches are hidden, and the network which learns it."""
 
-    mask_ratio: _Fraction = 0.75
+    mask_ratio: Fraction = 0.75
     """Share of the patches which is hidden."""
-    mask_ratio_end: _Fraction | None = None
+    mask_ratio_end: Fraction | None = None
     """Share at the last step, reached linearly; null keeps mask_ratio."""
     network: Literal["mlp", "light", "random", "block"]
     """What scores the patches: mlp or light in mlo_mae, random or block in mae."""

@@ -1,8 +1,11 @@
-"""The whole recipes: what every run has, and that of pretraining."""
+"""The whole recipe: what every run has, and every run of one level."""
+
+from typing import ClassVar
 
 from pydantic import NonNegativeInt, PositiveFloat, model_validator
 from typing_extensions import Self
 
+from data_ffcv import Augmentation
 from mlomae.recipe.images import ImagesRecipe
 from mlomae.recipe.levels import CheckpointRecipe, LevelRecipe, MonitorRecipe
 from mlomae.recipe.model import EncoderRecipe
@@ -49,4 +52,42 @@ class RunRecipe(Section):
     def _check_init_from(self) -> Self:
         if self.init_from_expected and not self.init_from:
             raise Refusal("init_from_expected", "is given without init_from: add or remove one")
+        return self
+
+
+class SingleLevelRecipe(RunRecipe):
+    """A run of one level, which takes one optimizer step a cycle.
+
+    Attributes:
+        level_name: of the level, and of its section.
+        activity: what an error calls the run.
+    """
+
+    level_name: ClassVar[str]
+    activity: ClassVar[str]
+
+    @property
+    def level(self) -> LevelRecipe:
+        """The only level."""
+        level: LevelRecipe = getattr(self, self.level_name)
+        return level
+
+    @property
+    def levels(self) -> dict[str, LevelRecipe]:
+        """The only level by its name."""
+        return {self.level_name: self.level}
+
+    @property
+    def train_augmentation(self) -> Augmentation:
+        """What is done to the training images."""
+        section = self.level.augmentation or self.data.augmentation
+        return section.build(self.model.image_size)
+
+    @model_validator(mode="after")
+    def _check_level(self) -> Self:
+        for key in ("num_views", "steps_per_cycle"):
+            number = getattr(self.level, key)
+            if number != type(self.level).model_fields[key].default:
+                problem = f"is {number}, but {self.activity} has only one: remove it"
+                raise Refusal(f"{self.level_name}.{key}", problem)
         return self

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 
 class Refusal(ValueError):
@@ -49,3 +49,16 @@ FilePath = Annotated[Path, Field(strict=False)]
 _Listed = BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)
 FilePaths = Annotated[tuple[FilePath, ...], _Listed, Field(strict=False)]
 Names = Annotated[tuple[str, ...], _Listed, Field(strict=False)]
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]  # neither nothing nor everything
+BelowOne = Annotated[float, Field(ge=0, lt=1)]  # what is lost, or kept of the past: 1 is too much
+UpToOne = Annotated[float, Field(gt=0, le=1)]  # a factor of which 1 is off
+Betas = Annotated[tuple[BelowOne, BelowOne], Field(strict=False)]
+NumClasses = Annotated[int, Field(ge=2)]
+# one number stands for a square
+Sides = Annotated[
+    tuple[PositiveInt, PositiveInt],
+    BeforeValidator(lambda v: (v, v) if type(v) is int else v),
+    Field(strict=False),
+]

@@ -29,6 +29,7 @@ from tests.hypergrad.brute_force import (
     cosine,
     relative_error,
 )
+from tests.hypergrad.readings import reduced_gradient
 from tests.hypergrad.test_one_step import tiny_models
 from tests.ranks import ROOT
 
@@ -121,19 +122,19 @@ def run_lower(method: MloMae, cycle: int, micro: int = 1) -> None:
 def hypergradient(method: MloMae, cycle: int) -> dict[str, Tensor]:
     """Gradient of the mask level at the moment it steps, whole and on every rank."""
     level = method.mask
-    found: dict[str, Tensor] = {}
+    gradient: dict[str, Tensor] = {}
     original = level.level.apply
 
     def capture() -> None:
         partition = level.level.partition
-        found.update(partition.gather(list(partition.shapes), partition.gradient())[0])
+        gradient.update(partition.gather(list(partition.shapes), reduced_gradient(partition))[0])
         original()
 
     level.level.apply = capture  # type: ignore[method-assign]
     *_, images, labels = (mine(t) for t in batches(cycle))
     method.mask_step(images, labels)
     level.level.apply = original  # type: ignore[method-assign]
-    return {name: value.clone() for name, value in found.items()}
+    return {name: value.clone() for name, value in gradient.items()}
 
 
 def as_problem(method: MloMae, models: list[torch.nn.Module], optimizer: str, clip: float) -> Any:
@@ -163,11 +164,11 @@ def levels_of(method: MloMae) -> list[TrainingLevel]:
     return [method.pretrain, method.classifier, method.mask]
 
 
-def everybodys(tensor: Tensor) -> list[Tensor]:
+def of_all_ranks(tensor: Tensor) -> list[Tensor]:
     """A tensor of every rank, in their order."""
-    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, tensor)
-    return found
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return parts
 
 
 def against_brute_force(cases: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
@@ -196,10 +197,10 @@ def one_cycle(
     problem = as_problem(method, models, case["optimizer"], case.get("gradient_clipping", 0.0))
     run_lower(method, cycle, case.get("micro", 1))
     passes = method.pretrain.level.records[-1].micro_batches
-    images = [part.double() for p in passes for part in everybodys(p.batch.images)]
+    images = [part.double() for p in passes for part in of_all_ranks(p.batch.images)]
     coupled, normalized = case.get("coupled", False), case.get("normalized", False)
     places = [p.batch.chosen[0] if coupled else p.frozen.restore for p in passes]
-    selection = [part.double() for own in places for part in everybodys(own)]
+    selection = [part.double() for place in places for part in of_all_ranks(place)]
     _, x2, y2, x3, y3 = batches(cycle)
     labelled = (x2.double(), y2), (x3.double(), y3)
     truth = problem(images, *labelled, selection, coupled, normalized).hypergradient()
@@ -209,24 +210,24 @@ def one_cycle(
 
 def fingerprint(method: MloMae) -> dict[str, str]:
     """A hash of everything a derivative evaluation must leave alone, by its name."""
-    found = {"random state": _hash(torch.get_rng_state())}
+    hashes = {"random state": _hash(torch.get_rng_state())}
     for level in (method.pretrain, method.classifier):
-        found |= fingerprint_of(level.level) | {f"{level.name} steps": repr(level.num_steps)}
-    return found
+        hashes |= fingerprint_of(level.level) | {f"{level.name} steps": repr(level.num_steps)}
+    return hashes
 
 
 def fingerprint_of(level: Level) -> dict[str, str]:
     """The same for one level on an engine."""
     partition, engine, name = level.partition, level.model, level.name
-    found = {f"{name} weights": _hash(*partition.weights())}
+    hashes = {f"{name} weights": _hash(*partition.weights())}
     shards = partition.shards()
     entries = [partition.optimizer.state[shard] for shard in shards]
     memory = [[entry[key].flatten() for entry in entries] for key in ("exp_avg", "exp_avg_sq")]
     vectors = [[shard.flatten() for shard in shards], *memory]
     for kind, vector in zip(("master", "exp_avg", "exp_avg_sq"), vectors, strict=True):
         # By fragments: the padding between them is never initialised.
-        found[f"{name} {kind}"] = _hash(*(view(vector, f) for f in partition.fragments))
-    found[f"{name} adam step"] = repr([float(entry["step"]) for entry in entries])
+        hashes[f"{name} {kind}"] = _hash(*(view(vector, f) for f in partition.fragments))
+    hashes[f"{name} adam step"] = repr([float(entry["step"]) for entry in entries])
     counters = (
         engine.micro_steps,
         engine.global_steps,
@@ -236,8 +237,8 @@ def fingerprint_of(level: Level) -> dict[str, str]:
         engine.training,
         getattr(engine.optimizer, "micro_step_id", None),
     )
-    found[f"{name} counters"] = repr(counters)
-    return found
+    hashes[f"{name} counters"] = repr(counters)
+    return hashes
 
 
 def _hash(*tensors: Tensor) -> str:
@@ -291,15 +292,15 @@ def drive_on(method: MloMae) -> dict[str, str]:
 
 def same_at_any_world_size(configs: list[str]) -> dict[str, dict[str, Tensor]]:
     """The fp32 hypergradient of the second cycle, after one whole cycle of training."""
-    found = {}
+    gradients = {}
     for shipped in configs:
         method, _ = build(shipped, "fp32", "adamw")
         run_lower(method, 0)
         hypergradient(method, 0)
         run_lower(method, 1)
-        found[shipped] = hypergradient(method, 1)
+        gradients[shipped] = hypergradient(method, 1)
         destroy(method)
-    return found
+    return gradients
 
 
 def bad_numbers(configs: list[str]) -> dict[str, dict[str, Any]]:

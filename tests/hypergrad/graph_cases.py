@@ -1,13 +1,16 @@
 """What the graph tests run on every rank: small level graphs on real DeepSpeed engines."""
 
 import copy
+import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlomae.hypergrad import Estimator, Level, Multilevel, Unrolled
 from mlomae.hypergrad.partition import Vector
@@ -19,7 +22,8 @@ from mlomae.hypergrad.reference import (
     relative_error,
 )
 from tests.hypergrad.engine_cases import _hash, fingerprint_of
-from tests.hypergrad.problems import PROBLEMS, make_optimizer
+from tests.hypergrad.problems import PROBLEMS, LevelSpec, make_optimizer
+from tests.hypergrad.readings import record_bytes, reduced_gradient
 from tests.ranks import ROOT
 
 BATCH = 8  # over all ranks and micro-batches
@@ -50,30 +54,41 @@ class Graph:
         estimator: Estimator | None = None,
     ) -> None:
         self.problem = PROBLEMS[problem](torch.float32)
-        self.kind = "sgd" if kind == "momentum" else kind
+        self.shipped, self.dtype = shipped, dtype
+        self.optimizer, self.kind = kind, "sgd" if kind == "momentum" else kind
         self.num_steps, self.num_micro, self.max_norm = num_steps, num_micro, max_norm
         # Engines change their modules; the reference has its own.
         self.modules = {spec.name: copy.deepcopy(spec.module) for spec in self.problem.levels}
         self.generator = torch.Generator().manual_seed(5)
         self.levels = []
         for spec in self.problem.levels:
-            is_target = spec.name == self.problem.target.name
-            engine, *_ = deepspeed.initialize(
-                model=spec.module,
-                optimizer=make_optimizer("sgd" if is_target else kind, spec.module),
-                config=self._config(shipped, dtype, 1 if is_target else num_micro),
-            )
-            level = Level(
-                spec.name, engine, loss=spec.loss, lower=spec.lower, upper=spec.upper,
-                num_steps=1 if is_target else num_steps, settings=spec.settings,
-            )  # fmt: skip
-            self.levels.append(level)
+            self.levels.append(self._level(spec))
         estimator = estimator or Unrolled(steps=num_steps)
         self.multilevel = Multilevel(self.levels, estimator=estimator)
 
-    def _config(self, shipped: str, dtype: str, num_micro: int) -> dict[str, Any]:
-        config = json.loads((ROOT / "ds_configs" / f"{shipped}.json").read_text())
-        config["bf16"]["enabled"] = dtype == "bf16"
+    def beside(self, module: nn.Module) -> "Graph":
+        """The same lower levels in another problem, whose target has another module."""
+        other = copy.copy(self)
+        target = dataclasses.replace(self.problem.target, module=module)
+        other.levels = [*self.levels[:-1], self._level(target)]
+        other.multilevel = Multilevel(other.levels, estimator=self.multilevel.estimator)
+        return other
+
+    def _level(self, spec: LevelSpec) -> Level:
+        is_target = spec.name == self.problem.target.name
+        engine, *_ = deepspeed.initialize(
+            model=spec.module,
+            optimizer=make_optimizer("sgd" if is_target else self.optimizer, spec.module),
+            config=self._config(1 if is_target else self.num_micro),
+        )
+        return Level(
+            spec.name, engine, loss=spec.loss, lower=spec.lower, upper=spec.upper,
+            num_steps=1 if is_target else self.num_steps, settings=spec.settings,
+        )  # fmt: skip
+
+    def _config(self, num_micro: int) -> dict[str, Any]:
+        config = json.loads((ROOT / "ds_configs" / f"{self.shipped}.json").read_text())
+        config["bf16"]["enabled"] = self.dtype == "bf16"
         return config | {
             "train_batch_size": BATCH,
             "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size() // num_micro,
@@ -85,7 +100,7 @@ class Graph:
         """Some cycles of the lower levels, for at Adam's first step there is next to no slope."""
         for _ in range(WARM_CYCLES):
             for level in self.levels[:-1]:
-                level.step(*self._mine(self._batch(), self.num_micro))
+                self.multilevel.step(level.name, *self._mine(self._batch(), self.num_micro))
         self.multilevel.clear()
 
     def compare(self) -> dict[str, float]:
@@ -97,9 +112,9 @@ class Graph:
         """The next cycle's hypergradient, and the reference's."""
         references = [self._step(level) for level in self.levels[:-1]]
         target, batch = self.levels[-1], self._batch()
-        found = self.multilevel.hypergradient(target.name, *self._mine(batch, 1))
+        result = self.multilevel.hypergradient(target.name, *self._mine(batch, 1))
         references.append(self._reference(target, [[batch]]))
-        value = target.named(found.vector)
+        value = target.named(result.vector)
         self.multilevel.clear()
         return value, hypergradient(references, target.name)
 
@@ -107,7 +122,7 @@ class Graph:
         batches = [self._batch() for _ in range(self.num_steps)]
         reference = self._reference(level, [[batch] for batch in batches])
         for batch in batches:
-            level.step(*self._mine(batch, self.num_micro))
+            self.multilevel.step(level.name, *self._mine(batch, self.num_micro))
         return reference
 
     def _reference(self, level: Level, batches: list[Any]) -> ReferenceLevel:
@@ -124,11 +139,11 @@ class Graph:
         partition, optimizer = level.partition, level.optimizer
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         states = [optimizer.state[shard] for shard in partition.shards()]
-        found = {k: level.named(_flat(states, k)) for k in MOMENTS[self.kind] if k in states[0]}
+        memories = {k: level.named(_flat(states, k)) for k in MOMENTS[self.kind] if k in states[0]}
         # `make_optimizer`: matrices first, then vectors.
         group_of = {n: 0 if len(shape) > 1 else 1 for n, shape in partition.shapes.items()}
         memory: dict[str, dict[str, Any]] = {
-            n: {k: whole[n].double() for k, whole in found.items()} for n in group_of
+            n: {k: whole[n].double() for k, whole in memories.items()} for n in group_of
         }
         for entry in memory.values():
             entry["step"] = float(states[0].get("step", 1))
@@ -179,10 +194,10 @@ def leaves_no_trace(cases: list[dict[str, Any]]) -> list[tuple[dict[str, str], d
             state = {"random state": _hash(torch.get_rng_state())}
             for level in graph.levels[:-1]:
                 state |= fingerprint_of(level)
-            state["upper"] = _hash(*target.partition.weights(), *target.partition.gradient())
+            state["upper"] = _hash(*target.partition.weights(), *reduced_gradient(target.partition))
             states.append(state)
-            found = graph.multilevel.hypergradient(target.name, *batch)
-            assert all(bool(v.isfinite().all()) for v in target.named(found.vector).values())
+            result = graph.multilevel.hypergradient(target.name, *batch)
+            assert all(bool(v.isfinite().all()) for v in target.named(result.vector).values())
         results.append(tuple(states))
         graph.destroy()
     return results
@@ -200,7 +215,7 @@ def shard_bytes(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
         vector = lower.partition.zeros()
         results.append(
             {
-                "records": sum(record.bytes() for record in lower.records),
+                "records": sum(map(record_bytes, lower.records)),
                 "vector": sum(t.numel() * t.element_size() for t in vector),
                 "num_records": len(lower.records),
                 "numel": sum(shape.numel() for shape in lower.partition.shapes.values()),
@@ -230,13 +245,42 @@ def cycles_train(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         after = target.named(target.partition.weights())
         results.append(
             {
-                "losses": [{n: float(v) for n, v in found.items()} for found in losses],
+                "losses": [{n: float(v) for n, v in values.items()} for values in losses],
                 "moved": relative_error(after, {n: v.double() for n, v in before.items()}),
                 "weights": {n: v.clone() for n, v in after.items()},
             }
         )
         graph.destroy()
     return results
+
+
+def two_uppers_in_turn(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Errors of two problems whose lower levels are the same, and what they refuse."""
+    results = []
+    for case in cases:
+        graph = Graph(**case)
+        module = copy.deepcopy(graph.modules["theta"])
+        for param in module.parameters():
+            nn.init.normal_(param, generator=torch.Generator().manual_seed(1))
+        other = graph.beside(module)
+        graph.warm_up()
+        errors = [each.compare()["error"] for each in (graph, other, graph, other)]
+        w, batch = graph.levels[0], graph._mine(graph._batch(), graph.num_micro)
+        ambiguous = _refusal(lambda: w.step(*batch))  # noqa: B023 - called here
+        for level in graph.levels[:-1]:
+            graph._step(level)
+        other.multilevel.step("w", *batch)
+        stale = _refusal(lambda: graph.multilevel.hypergradient("theta", *batch))  # noqa: B023
+        results.append({"errors": errors, "ambiguous": ambiguous, "stale": stale})
+        other.levels[-1].model.destroy()
+        graph.destroy()
+    return results
+
+
+def _refusal(call: Callable[[], Any]) -> str:
+    with pytest.raises(ValueError) as refused:
+        call()
+    return str(refused.value)
 
 
 def several(jobs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

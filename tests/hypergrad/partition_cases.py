@@ -24,8 +24,9 @@ from tests.hypergrad.plain_training import (
     relative_error,
     schedule,
 )
+from tests.hypergrad.readings import reduced_gradient
 
-FIRST_EXPLICIT_STEP = 3  # before it, engines count micro-batches; from it on, they are told
+FIRST_EXPLICIT_STEP = 3  # before it, engines count micro-batches; from it on, the last one is set
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFLOAD = {"device": "cpu", "pin_memory": False}
 SMALL_BUCKETS = {  # so that even the tiny network needs several of everything
@@ -104,8 +105,8 @@ class Case:
 
     def whole(self, vector: Vector) -> dict[str, Tensor]:
         """All parameters of a vector, each in a tensor of its own."""
-        found = self.partition.gather(list(self.partition.shapes), vector)[0]
-        return {name: value.clone() for name, value in found.items()}
+        whole = self.partition.gather(list(self.partition.shapes), vector)[0]
+        return {name: value.clone() for name, value in whole.items()}
 
     def cut(self, whole: dict[str, Tensor]) -> Vector:
         """This rank's shards of whole parameters, with rubbish in the padding."""
@@ -123,7 +124,7 @@ class Case:
         deepspeed.comm.barrier()
 
 
-def examine(
+def evaluate(
     cases: dict[str, dict[str, Any]],
     refused: dict[str, dict[str, Any]],
     resumed: Sequence[str],
@@ -131,10 +132,10 @@ def examine(
 ) -> dict[str, dict[str, Any]]:
     """What every check finds for every case, and the sentences with which others are refused."""
     gc.freeze()  # DeepSpeed collects garbage for each ZeRO-3 engine, and what is imported is none
-    found = {name: examine_one(case) for name, case in cases.items()}
+    results = {name: evaluate_one(case) for name, case in cases.items()}
     for name in resumed:
-        found[name] |= {"resumed": resume(cases[name], f"{checkpoints}/{name}")}
-    return found | {"refused": {what: refusal(case) for what, case in refused.items()}}
+        results[name] |= {"resumed": resume(cases[name], f"{checkpoints}/{name}")}
+    return results | {"refused": {what: refusal(case) for what, case in refused.items()}}
 
 
 def refusal(case: dict[str, Any]) -> str:
@@ -145,36 +146,36 @@ def refusal(case: dict[str, Any]) -> str:
     return ""
 
 
-def examine_one(case: dict[str, Any]) -> dict[str, Any]:
+def evaluate_one(case: dict[str, Any]) -> dict[str, Any]:
     side = Case(case | {"num_micro_batches": 3, "max_norm": 4.0})
-    found = {"current": current(side), "added": added(side), **stepped(side, case)}
+    results = {"current": current(side), "added": added(side), **stepped(side, case)}
     side.close()
-    return found | futures(case | {"num_micro_batches": 2, "max_norm": 0.05})
+    return results | futures(case | {"num_micro_batches": 2, "max_norm": 0.05})
 
 
 def current(side: Case) -> bool:
     """Whether whole weights are the original network's, bit for bit, frozen ones included."""
     expected = {n: p.detach().to(side.dtype) for n, p in side.original.named_parameters()}
-    found = side.partition.current(list(expected))
-    return all(torch.equal(found[name], value) for name, value in expected.items())
+    weights = side.partition.current(list(expected))
+    return all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
 def added(side: Case) -> float:
     """Error of averaged gradients of all but one parameter, added to a vector."""
     shapes = dict(side.partition.shapes)
     start = random_like(shapes, seed=9)
-    everybodys = [random_like(shapes, seed=rank) for rank in range(dist.get_world_size())]
-    mine = everybodys[dist.get_rank()]
+    of_ranks = [random_like(shapes, seed=rank) for rank in range(dist.get_world_size())]
+    mine = of_ranks[dist.get_rank()]
     mine.pop("norm.weight")
     vector = side.cut(start)
     side.partition.add_gradients(mine, vector)
-    expected = {n: start[n] + sum(g[n] for g in everybodys) / len(everybodys) for n in mine}
+    expected = {n: start[n] + sum(g[n] for g in of_ranks) / len(of_ranks) for n in mine}
     expected["norm.weight"] = start["norm.weight"]
     return error(side.whole(vector), expected)
 
 
 def stepped(side: Case, case: dict[str, Any]) -> dict[str, Any]:
-    """Errors after steps along given gradients, of an engine that never runs backward."""
+    """Errors after steps along set gradients, of an engine that never runs backward."""
     partition, reference = side.partition, Reference(side.original, side.dtype, side.max_norm)
     if case["stage"] == 0 and case["dtype"] != "fp32":
         # DeepSpeed's wrapper creates the optimizer's state by a step with zero gradients.
@@ -184,7 +185,7 @@ def stepped(side: Case, case: dict[str, Any]) -> dict[str, Any]:
         drawn = random_like(dict(partition.shapes), seed=20 + step)
         gradient = {name: size * value for name, value in drawn.items()}
         partition.set_gradient(side.cut(gradient))
-        readings.append(error(side.whole(partition.gradient()), gradient))
+        readings.append(error(side.whole(reduced_gradient(partition)), gradient))
         norm = torch.cat([g.double().flatten() for g in gradient.values()]).norm()
         readings.append(abs(partition.gradient_norm() - float(norm)))
         seen_by_hook = side.step()
@@ -203,7 +204,7 @@ def stepped(side: Case, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def futures(case: dict[str, Any]) -> dict[str, Any]:
-    """Traces of two engines; one takes some steps by setting the gradient that the other found.
+    """Traces of two engines; one takes some steps by setting the gradient that the other computed.
 
     It also discards steps of its own, of which no trace must remain.
     """
@@ -213,12 +214,12 @@ def futures(case: dict[str, Any]) -> dict[str, Any]:
     zeros = {name: torch.zeros(shape) for name, shape in by_setting.partition.shapes.items()}
     for step in range(6):
         by_backward.train(step)
-        gradient = by_backward.partition.gradient()
+        gradient = reduced_gradient(by_backward.partition)
         errors.append(relative_error(by_backward.whole(gradient), true_gradient(by_backward, step)))
         if step in (2, 5):
             by_setting.train(step, discarded=True)
             by_setting.partition.clear_gradients()
-            errors.append(error(by_setting.whole(by_setting.partition.gradient()), zeros))
+            errors.append(error(by_setting.whole(reduced_gradient(by_setting.partition)), zeros))
         if step in (1, 4):
             by_setting.partition.set_gradient(gradient)
         else:
@@ -267,16 +268,16 @@ def snapshot(side: Case) -> dict[str, Any]:
     kinds = {"master": [shard.detach().flatten() for shard in partition.shards()]}
     for key in ("exp_avg", "exp_avg_sq"):
         kinds[key] = [state[key].flatten() for state in states]
-    found: dict[str, Any] = {kind: side.whole(vector) for kind, vector in kinds.items()}
-    found["weights"] = side.whole(partition.weights())
-    found["counters"] = {
+    state: dict[str, Any] = {kind: side.whole(vector) for kind, vector in kinds.items()}
+    state["weights"] = side.whole(partition.weights())
+    state["counters"] = {
         "adam": [float(state["step"]) for state in states],
         "lr": engine.get_lr(),
         "norm": float(engine.get_global_grad_norm() or 0.0),
         **{key: getattr(engine, key) for key in ("micro_steps", "global_steps", "skipped_steps")},
         "micro_step_id": getattr(engine.optimizer, "micro_step_id", None),
     }
-    return found
+    return state
 
 
 def same(left: Any, right: Any) -> bool:

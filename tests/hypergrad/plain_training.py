@@ -48,10 +48,10 @@ def random_like(shapes: dict[str, Any], seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def error(value: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest absolute difference; the names must agree."""
-    assert found.keys() == expected.keys()
-    return max(float((found[n].double() - e.double()).abs().max()) for n, e in expected.items())
+    assert value.keys() == expected.keys()
+    return max(float((value[n].double() - e.double()).abs().max()) for n, e in expected.items())
 
 
 class Reference:
@@ -79,8 +79,8 @@ class Reference:
         return {name: param.detach() for name, param in self.params.items()}
 
 
-def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    difference = [(found[n].double() - e).flatten() for n, e in expected.items()]
+def relative_error(value: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    difference = [(value[n].double() - e).flatten() for n, e in expected.items()]
     return float(
         torch.cat(difference).norm() / torch.cat([*map(torch.flatten, expected.values())]).norm()
     )

@@ -58,9 +58,9 @@ def test_every_step_of_an_unroll(kind: str, warm_steps: int) -> None:
     adjoint = ShardAdjoint(direction.clone())
     for i in reversed(range(NUM_STEPS)):
         cotangent = adjoint_of(optimizer)(adjoint, steps[i], before[i], with_settings=True)
-        found = {"grad": cotangent, **adjoint.by_setting}
-        assert set(found) == {"grad", "lr", "weight_decay"}
-        for what, value in found.items():
+        derivatives = {"grad": cotangent, **adjoint.by_setting}
+        assert set(derivatives) == {"grad", "lr", "weight_decay"}
+        for what, value in derivatives.items():
             expected = direction * by_differences(kind, warm_steps, i, what)
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-8)
 

@@ -205,16 +205,16 @@ def _error_on_engines(shipped: str, dtype: str) -> float:
     problem = engine_cases.as_problem(method, copies, "adamw", 0.0)
     _run_lower(method, WARM_CYCLES)
     (passed,) = method.pretrain.level.records[-1].micro_batches
-    selection = [part.double() for part in engine_cases.everybodys(passed.frozen.restore)]
-    images = [part.double() for part in engine_cases.everybodys(passed.batch.images)]
+    selection = [part.double() for part in engine_cases.of_all_ranks(passed.frozen.restore)]
+    images = [part.double() for part in engine_cases.of_all_ranks(passed.batch.images)]
     _, below, above = _batches(WARM_CYCLES)
     halves = [tuple(list(part.chunk(2)) for part in batch) for batch in (below, above)]
     truth = SegmentationProblem(*problem.args, images, *halves, selection=selection).hypergradient()
-    found: Weights = {}
-    method.mask.step_along = lambda h: found.update(method.mask.level.named(h.vector))  # type: ignore[method-assign,assignment]
+    value: Weights = {}
+    method.mask.step_along = lambda h: value.update(method.mask.level.named(h.vector))  # type: ignore[method-assign,assignment]
     method.mask_step(*_mine(above))
     engine_cases.destroy(method)
-    return relative_error(found, truth)
+    return relative_error(value, truth)
 
 
 def _run_lower(method: MloMae, cycle: int) -> None:

@@ -148,8 +148,8 @@ def test_a_weighted_loss_whose_weights_draw(num_steps: int) -> None:
     estimator = Unrolled(num_steps)
     exact = Trained(problem(weighted_loss), estimator, **options).hypergradient()
     assert_close(Trained(problem(weighted), estimator, **options).hypergradient(), exact)
-    found = Trained(problem(weighted), Shift(estimator), **options).hypergradient()
-    assert relative_error(found, exact) <= 1e-5
+    value = Trained(problem(weighted), Shift(estimator), **options).hypergradient()
+    assert relative_error(value, exact) <= 1e-5
 
 
 # --- costs -----------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class Quadratics:
             adjoint = self.b[i].T @ (inverse(self.a[i]) @ adjoint)
         return adjoint
 
-    def found(self, estimator: Any) -> Tensor:
+    def estimate(self, estimator: Any) -> Tensor:
         levels = [self._level(i) for i in range(len(self.names))]
         problem = Multilevel(levels, estimator=estimator)
         for lower in levels[1:]:
@@ -157,7 +157,7 @@ class Quadratics:
 
     def error(self, estimator: Any, inverse: Any = torch.linalg.inv) -> float:
         expected = self.expected(inverse)
-        return float((self.found(estimator) - expected).norm() / expected.norm())
+        return float((self.estimate(estimator) - expected).norm() / expected.norm())
 
     def _level(self, i: int) -> Level:
         name, module = self.names[i], Point(self.minima[i])
@@ -234,10 +234,10 @@ def test_the_identity_on_quadratics(depth: int) -> None:
 def test_an_indefinite_hessian_is_told(caplog: pytest.LogCaptureFixture) -> None:
     problem = Quadratics([-3.0, -2.0, 1.0, 2.0, 4.0, 5.0])
     with caplog.at_level(logging.WARNING):
-        assert problem.found(ConjugateGradient(6)).isfinite().all()
+        assert problem.estimate(ConjugateGradient(6)).isfinite().all()
     assert "level x1 is not positive definite" in caplog.text and "raise damping" in caplog.text
     caplog.clear()
-    problem.found(ConjugateGradient(6, damping=4.0))
+    problem.estimate(ConjugateGradient(6, damping=4.0))
     assert not caplog.text
 
 
@@ -246,7 +246,7 @@ def test_a_zero_adjoint_gives_zero(estimator: Any) -> None:
     problem = Quadratics(GENTLE, 2, is_flat=True)
     for each in (estimator, FiniteDifference(estimator, radius=0.01)):
         # Levels stand at their minima but for rounding, which a step may change.
-        assert problem.found(each).norm() <= 1e-12
+        assert problem.estimate(each).norm() <= 1e-12
 
 
 # --- definitions -----------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def definition(run: Trained, through_step: Callable[[str, list[Tensor]], list[Te
     """One mixed product for each level by double backward, at newest weights and last batches."""
     models = {name: copy.deepcopy(level.model) for name, level in run.levels.items()}
     params = {name: list(model.parameters()) for name, model in models.items()}
-    everything = [p for own in params.values() for p in own]
+    everything = [p for group in params.values() for p in group]
     *lower, target = run.problem.levels
     loss = mean_loss(target, models, run.batches)
     adjoint = dict(zip(everything, derivative(loss, everything), strict=True))
@@ -287,10 +287,10 @@ def by_differences(run: Trained, name: str, adjoint: list[Tensor]) -> list[Tenso
     steps = [1e-6 * grad.detach().abs().mean() for grad in grads]
 
     def moved(sign: int) -> list[Tensor]:
-        module, own = copy.deepcopy((before, optimizer))
+        module, stepped = copy.deepcopy((before, optimizer))
         for param, grad, step in zip(module.parameters(), grads, steps, strict=True):
             param.grad = grad.detach() + sign * step
-        own.step()
+        stepped.step()
         return [p.detach() for p in module.parameters()]
 
     sides = zip(moved(1), moved(-1), steps, adjoint, strict=True)
@@ -312,5 +312,5 @@ def test_identity_is_what_it_says(name: str, num_micro: int) -> None:
 def test_sama_is_what_it_says(name: str, kind: str, num_micro: int) -> None:
     run = Trained(PROBLEMS[name](), Sama(), kind, num_steps=2, num_micro=num_micro)
     with sdpa_kernel(SDPBackend.MATH):
-        expected = definition(run, lambda *given: by_differences(run, *given))
+        expected = definition(run, lambda *arguments: by_differences(run, *arguments))
     assert relative_error(run.hypergradient(), expected) <= 1e-6  # of the differences

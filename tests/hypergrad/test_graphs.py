@@ -87,7 +87,7 @@ pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """Results by number of ranks, then by rank and function."""
     return {
         n: run_ranks(
@@ -98,8 +98,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
 
 
 @pytest.fixture(scope="module")
-def errors(found: dict[int, Any]) -> dict[str, dict[tuple[str, str], Any]]:
-    first, second = (rank["against_reference"] for rank in found[2])
+def errors(runs: dict[int, Any]) -> dict[str, dict[tuple[str, str], Any]]:
+    first, second = (rank["against_reference"] for rank in runs[2])
     assert first == second  # the hypergradient is the same on every rank
     return {
         "fp32": dict(zip(FP32, first[: len(FP32)], strict=True)),
@@ -122,36 +122,36 @@ def test_bf16_is_close(errors: dict[str, Any], shipped: str, setting: str) -> No
 
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_other_numbers_of_ranks_equal_the_reference_too(
-    found: dict[int, Any], num_ranks: int
+    runs: dict[int, Any], num_ranks: int
 ) -> None:
     # The reference sees the batches of all ranks as one, so N ranks equal one with N times as many.
-    results = found[num_ranks][0]["against_reference"]
+    results = runs[num_ranks][0]["against_reference"]
     for case, cycles in zip(AT_OTHER_SIZES, results, strict=True):
         assert cycles[0]["error"] <= 1e-5, case
 
 
-def test_records_and_vectors_shrink_with_the_ranks(found: dict[int, Any]) -> None:
+def test_records_and_vectors_shrink_with_the_ranks(runs: dict[int, Any]) -> None:
     for i, case in enumerate(BYTES):
-        alone = found[1][0]["shard_bytes"][i]
+        alone = runs[1][0]["shard_bytes"][i]
         # Each of 3 steps: weights in compute precision, and gradient and two moments in float32.
         per_weight = {"fp32": 4, "bf16": 2}[case["dtype"]] + 3 * 4
         assert alone["num_records"] == 3
         assert alone["records"] == pytest.approx(3 * per_weight * alone["numel"], rel=0.02)
         for n in (2, 4):
-            for rank in found[n]:
+            for rank in runs[n]:
                 for kind in ("records", "vector"):
                     # Shards are padded, by a few elements of each of these tiny parameters.
                     assert rank["shard_bytes"][i][kind] <= 1.15 * alone[kind] / n, (n, case, kind)
 
 
-def test_no_estimator_leaves_a_trace(found: dict[int, Any]) -> None:
-    for rank in found[2]:
+def test_no_estimator_leaves_a_trace(runs: dict[int, Any]) -> None:
+    for rank in runs[2]:
         for case, (before, after) in zip(TRACES, rank["leaves_no_trace"], strict=True):
             assert after == before, case
 
 
-def test_cycles_train_alike_on_every_stage(found: dict[int, Any]) -> None:
-    results = found[2][0]["cycles_train"]
+def test_cycles_train_alike_on_every_stage(runs: dict[int, Any]) -> None:
+    results = runs[2][0]["cycles_train"]
     first = {name: value.double() for name, value in results[0]["weights"].items()}
     for case, result in zip(CYCLES, results, strict=True):
         assert result["moved"] > 1e-6, case

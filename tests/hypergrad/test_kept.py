@@ -75,17 +75,17 @@ def problem(call: Any) -> Problem:
     )
 
 
-def error(given: Problem, keep_activations: bool) -> float:
+def error(specs: Problem, keep_activations: bool) -> float:
     generator = torch.Generator().manual_seed(1)
-    levels, references = levels_of(given), []
+    levels, references = levels_of(specs), []
     multilevel = Multilevel(levels, keep_activations=keep_activations)
     for warm in (True, True, False):
-        for level, spec in zip(levels, given.levels, strict=True):
+        for level, spec in zip(levels, specs.levels, strict=True):
             x = torch.randn(4, 6, generator=generator, dtype=torch.float64)
             rules = OptimizerRules.of(level.optimizer, level.model)
             if not warm:
                 references.append(ReferenceLevel(level.name, level.model, spec.loss, [[x]], rules))
-            if spec is not given.target:
+            if spec is not specs.target:
                 level.step(x)
         if warm:
             multilevel.clear()
@@ -102,17 +102,17 @@ def test_calls_of_models_below(name: str, keep_activations: bool) -> None:
 @pytest.mark.parametrize("keep_activations", [True, False])
 def test_calls_that_a_frozen_loss_leaves_out(keep_activations: bool) -> None:
     loss = WeightedLoss(frozen_losses, lambda models, frozen: models["theta"](frozen).squeeze(-1))
-    given = problem(loss)
-    assert error(given, keep_activations) <= 1e-10
+    specs = problem(loss)
+    assert error(specs, keep_activations) <= 1e-10
 
 
 @pytest.mark.parametrize("estimator", [Unrolled(), Identity(), Neumann(1, 0.1)], ids=str)
 def test_a_cycle_keeps_nothing(estimator: Any) -> None:
-    given, batches = chain3(), []
-    multilevel = Multilevel(levels_of(given), estimator=estimator)
+    specs, batches = chain3(), []
+    multilevel = Multilevel(levels_of(specs), estimator=estimator)
 
     def noted(seed: int) -> Iterator[Any]:
-        for batch in stream(given, seed):
+        for batch in stream(specs, seed):
             batches.append(weakref.ref(batch[0]))
             yield batch
 
@@ -122,10 +122,10 @@ def test_a_cycle_keeps_nothing(estimator: Any) -> None:
 
 
 def test_a_discarded_step_keeps_nothing() -> None:
-    given = chain3()
-    w, head, theta = levels_of(given)
+    specs = chain3()
+    w, head, theta = levels_of(specs)
     multilevel = Multilevel([w, head, theta])
-    batch = next(stream(given, 0))
+    batch = next(stream(specs, 0))
     alive = weakref.ref(batch[0])
     head.backward(batch)
     head.discard()
@@ -136,11 +136,11 @@ def test_a_discarded_step_keeps_nothing() -> None:
 
 
 def test_only_upper_levels_have_hypergradients() -> None:
-    given = chain3()
-    multilevel = Multilevel(levels_of(given))
+    specs = chain3()
+    multilevel = Multilevel(levels_of(specs))
     for name in ("w", "nobody"):
         with pytest.raises(ValueError, match=f"'{name}' is no upper level; there are theta"):
-            multilevel.hypergradient(name, next(stream(given, 0)))
+            multilevel.hypergradient(name, next(stream(specs, 0)))
     with pytest.raises(ValueError, match="level theta needs at least one micro-batch"):
         multilevel.hypergradient("theta")
 
@@ -149,9 +149,9 @@ def test_a_rate_that_is_a_tensor() -> None:
     """Schedules fill it anew, but a step was taken with what it held."""
 
     def vector(kind: Any) -> Tensor:
-        given = chain3()
+        specs = chain3()
         levels = []
-        for spec in given.levels:
+        for spec in specs.levels:
             optimizer = torch.optim.AdamW(spec.module.parameters(), lr=kind(0.01))
             scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
             level = Level(
@@ -159,7 +159,7 @@ def test_a_rate_that_is_a_tensor() -> None:
                 lower=spec.lower, upper=spec.upper,
             )  # fmt: skip
             levels.append(level)
-        multilevel, batches = Multilevel(levels), stream(given, 0)
+        multilevel, batches = Multilevel(levels), stream(specs, 0)
         for level in levels[:-1]:
             level.step(next(batches))
         return torch.cat(multilevel.hypergradient("theta", next(batches)).vector)

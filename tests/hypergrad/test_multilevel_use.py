@@ -230,7 +230,7 @@ def test_too_few_steps_are_refused() -> None:
 ])  # fmt: skip
 def test_bad_losses_and_settings_are_refused(options: dict[str, Any], message: str) -> None:
     bottom = level("a", upper=["theta"], **options)
-    Multilevel([bottom, theta("a")])
+    _problem = Multilevel([bottom, theta("a")])
     with pytest.raises(ValueError, match=message):
         bottom.step(torch.ones(3, 2))
 
@@ -249,6 +249,6 @@ def test_a_level_above_that_is_used_without_derivative_is_refused() -> None:
 
 def test_another_error_of_the_model_is_not_hidden() -> None:
     bottom = level("a", upper=["theta"])
-    Multilevel([bottom, theta("a")])
+    _problem = Multilevel([bottom, theta("a")])
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         bottom.step(torch.ones(3, 5))

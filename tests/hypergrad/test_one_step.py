@@ -112,10 +112,10 @@ def test_every_masking_equals_brute_force(variant: str) -> None:
 
 def test_coupling_and_weighting_are_not_the_same_thing() -> None:
     variants = ("coupled", "normalized", "coupled and normalized")
-    found = [hypergradient_of("adamw", 3, **VARIANTS[v])[0] for v in variants]
-    found.append(hypergradient_of("adamw", 3)[0])
-    for i, one in enumerate(found):
-        assert all(relative_error(one, other) > 1e-2 for other in found[i + 1 :])
+    values = [hypergradient_of("adamw", 3, **VARIANTS[v])[0] for v in variants]
+    values.append(hypergradient_of("adamw", 3)[0])
+    for i, one in enumerate(values):
+        assert all(relative_error(one, other) > 1e-2 for other in values[i + 1 :])
 
 
 def hypergradient_error(kind: str, warm_steps: int) -> float:

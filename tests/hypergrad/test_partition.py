@@ -48,28 +48,28 @@ RESUMED = ("zero1 bf16 offload", "zero2 bf16 offload", "zero1 fp32 gradients")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every case in one pair of processes, because starting them costs more than running."""
     folder = tmp_path_factory.mktemp("partition")
     arguments = {"cases": ENGINES, "refused": REFUSED, "resumed": RESUMED}
-    results = run_ranks(f"{CASES}:examine", 2, folder, checkpoints=str(folder), **arguments)
+    results = run_ranks(f"{CASES}:evaluate", 2, folder, checkpoints=str(folder), **arguments)
     assert same(results[0], results[1])  # what is gathered is the same on every rank
     return results[0]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_current_weights_are_the_networks(found: dict[str, Any], engine: str) -> None:
-    assert found[engine]["current"]
+def test_current_weights_are_the_networks(results: dict[str, Any], engine: str) -> None:
+    assert results[engine]["current"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_added_gradients_are_averaged(found: dict[str, Any], engine: str) -> None:
-    assert found[engine]["added"] <= 1e-6
+def test_added_gradients_are_averaged(results: dict[str, Any], engine: str) -> None:
+    assert results[engine]["added"] <= 1e-6
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_set_gradient_steps_as_plain_adamw(found: dict[str, Any], engine: str) -> None:
-    result = found[engine]
+def test_a_set_gradient_steps_as_plain_adamw(results: dict[str, Any], engine: str) -> None:
+    result = results[engine]
     assert result["readings"] <= 1e-5
     assert max(result["masters"][:2]) <= 1e-6  # a gradient rounded to bf16 would give 1e-4
     # At stage 0, DeepSpeed clips by the norm of the gradient rounded to the compute precision.
@@ -82,29 +82,29 @@ def test_a_set_gradient_steps_as_plain_adamw(found: dict[str, Any], engine: str)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_gradient_after_backward_is_the_mean(found: dict[str, Any], engine: str) -> None:
+def test_the_gradient_after_backward_is_the_mean(results: dict[str, Any], engine: str) -> None:
     precision = ENGINES[engine]["dtype"]
     limit = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 2e-3}[precision]
-    assert max(found[engine]["backward"]) <= limit
+    assert max(results[engine]["backward"]) <= limit
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_setting_a_gradient_is_as_good_as_backward(found: dict[str, Any], engine: str) -> None:
-    by_backward, by_setting = found[engine]["futures"]
+def test_setting_a_gradient_is_as_good_as_backward(results: dict[str, Any], engine: str) -> None:
+    by_backward, by_setting = results[engine]["futures"]
     for step, expected in by_backward.items():
         for kind, value in expected.items():
             assert same(by_setting[step][kind], value), (step, kind)
 
 
 @pytest.mark.parametrize("engine", RESUMED)
-def test_a_partition_outlives_loading_a_checkpoint(found: dict[str, Any], engine: str) -> None:
-    straight, resumed = found[engine]["resumed"]
+def test_a_partition_outlives_loading_a_checkpoint(results: dict[str, Any], engine: str) -> None:
+    straight, resumed = results[engine]["resumed"]
     for kind, value in straight.items():
         assert same(resumed[kind], value), kind
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_read_exactly_is_refused(found: dict[str, Any], what: str) -> None:
-    sentence = found["refused"][what]
+def test_what_cannot_be_read_exactly_is_refused(results: dict[str, Any], what: str) -> None:
+    sentence = results["refused"][what]
     assert what in sentence
     assert sentence.partition("; ")[2].split()[0] in ("remove", "use", "set")

@@ -47,8 +47,8 @@ class Training:
         level = next(lv for lv in self.problem.levels if lv.name == name)
         optimizer = self.optimizers[name]
         settings = level.settings(self.models) if level.settings else [{}, {}]
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update({key: value.item() for key, value in own.items()} | changes)
+        for group, changed in zip(optimizer.param_groups, settings, strict=True):
+            group.update({key: value.item() for key, value in changed.items()} | changes)
         optimizer.zero_grad()
         self.loss(name, micro_batches).backward()
         if self.max_norm:

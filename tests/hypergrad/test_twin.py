@@ -56,14 +56,14 @@ def test_value_and_gradient_equal_the_module_s(problem) -> None:
     with fetched_again([weights]), twin.bound(weights) as copy:
         output = copy(X)
         output.square().sum().backward()
-    found = partition.gather(list(partition.shapes), sink.take())[0]
+    gradients = partition.gather(list(partition.shapes), sink.take())[0]
     expected = module(X)
     expected.square().sum().backward()
     assert torch.equal(output, expected)
     for name, param in module.named_parameters():
         if param.requires_grad:
-            torch.testing.assert_close(found[name], param.grad, rtol=1e-12, atol=1e-12)
-    assert "last.bias" not in found
+            torch.testing.assert_close(gradients[name], param.grad, rtol=1e-12, atol=1e-12)
+    assert "last.bias" not in gradients
 
 
 def test_tangent_equals_the_directional_derivative(problem) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlomae.models.batch_norm import GlobalBatchNorm
+from mlomae.models.batch_norm import BatchNorm
 from mlomae.models.contrastive import NnclrHead
 
 
@@ -30,7 +30,7 @@ def test_without_other_ranks_a_batch_norm_is_that_of_torch() -> None:
     theirs = nn.BatchNorm1d(5).double()
     nn.init.normal_(theirs.weight)
     nn.init.normal_(theirs.bias)
-    ours = GlobalBatchNorm(5).double()
+    ours = BatchNorm(5).double()
     ours.load_state_dict(theirs.state_dict())
     for _ in range(3):
         x = torch.randn(7, 5, dtype=torch.float64) * 3 + 2
@@ -51,7 +51,7 @@ def test_without_other_ranks_a_batch_norm_is_that_of_torch() -> None:
 
 def test_a_batch_that_is_not_finite_leaves_the_running_statistics() -> None:
     torch.manual_seed(0)
-    norm = GlobalBatchNorm(3)
+    norm = BatchNorm(3)
     norm(torch.randn(8, 3))
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     bad = torch.randn(8, 3)
@@ -65,7 +65,7 @@ def test_statistics_of_half_precision_are_float32() -> None:
     """With an offset of 100, bfloat16 would leave nothing of a deviation of 1."""
     torch.manual_seed(0)
     x = (torch.randn(512, 4) + 100).bfloat16()
-    norm = GlobalBatchNorm(4).bfloat16()
+    norm = BatchNorm(4).bfloat16()
     normed = norm(x)
     assert normed.dtype == torch.bfloat16
     expected = (x.double() - x.double().mean(dim=0)) / x.double().std(dim=0, unbiased=False)

@@ -127,9 +127,9 @@ def features_of(batch: int, num_images: int = 12) -> torch.Tensor:
 
 def norm_batches() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Outputs for this rank's part of three batches, and the statistics after them."""
-    from eval.probing.heads import FeatureNorm
+    from eval.probing.heads import feature_norm
 
-    norm, rank, size = FeatureNorm(6, 1e-6), dist.get_rank(), dist.get_world_size()
+    norm, rank, size = feature_norm(6, 1e-6), dist.get_rank(), dist.get_world_size()
     parts = [features_of(batch).float().chunk(size)[rank] for batch in range(3)]
     return torch.stack([norm(part) for part in parts]), norm.state_dict()
 

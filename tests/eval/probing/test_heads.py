@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval.probing.heads import FeatureNorm, LinearHeads, head_accuracies, head_groups, probe_loss
+from eval.probing.heads import LinearHeads, feature_norm, head_accuracies, head_groups, probe_loss
 from eval.probing.recipe import ProbeLevelRecipe
 from mlomae.training.engines import build_optimizer
 from tests.eval.probing.runs import features_of
@@ -14,7 +14,7 @@ from tests.eval.probing.runs import features_of
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-5])
 def test_norm_is_pytorchs_without_affine(eps):
-    ours = FeatureNorm(6, eps).double()
+    ours = feature_norm(6, eps).double()
     theirs = nn.BatchNorm1d(6, eps=eps, affine=False).double()
     for batch in range(3):
         features = features_of(batch, 16)
@@ -27,7 +27,7 @@ def test_norm_is_pytorchs_without_affine(eps):
 
 
 def test_norm_forgets_a_batch_that_is_not_finite():
-    norm = FeatureNorm(6, 1e-6)
+    norm = feature_norm(6, 1e-6)
     norm(features_of(0, 8).float())
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     bad = features_of(1, 8).float()
