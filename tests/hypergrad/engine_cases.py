@@ -16,10 +16,10 @@ from mlomae.hypergrad.partition import view
 from mlomae.models import LightMaskingNetwork
 from mlomae.pretraining.masks import MaskSchedule
 from mlomae.pretraining.mlo_mae import (
-    LEVELS,
     CoupledReconstruction,
     FrozenReconstruction,
-    MloMae,
+    MloMaeProblem,
+    level_losses,
 )
 from mlomae.recipe import LevelRecipe
 from mlomae.training.engines import TrainingLevel, build_level
@@ -62,7 +62,7 @@ def build(
     normalized: bool = False,
     light: bool = False,
     temperature: float = 0.0,
-) -> tuple[MloMae, list[torch.nn.Module]]:
+) -> tuple[MloMaeProblem, list[torch.nn.Module]]:
     """The tiny problem on engines, and copies of its untouched models."""
     models = tiny_models(dropout, trainable_positions)
     if light:
@@ -71,7 +71,7 @@ def build(
     loss = (CoupledReconstruction if coupled else FrozenReconstruction)(
         "normalized" if normalized else "published"
     )
-    coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": loss}}
+    losses = level_losses(loss)
     levels: list[TrainingLevel] = []
     for name, model, lr in zip(("pretrain", "classifier", "mask"), models, LRS, strict=True):
         n = micro if name == "pretrain" else 1
@@ -87,11 +87,17 @@ def build(
         config = deepspeed_config(shipped, dtype, gradient_clipping, n)
         levels.append(
             build_level(
-                name, model, recipe, config, **coupling[name], total_steps=10**9, warmup_steps=0
+                name,
+                model,
+                recipe,
+                config,
+                **losses[name]._asdict(),
+                total_steps=10**9,
+                warmup_steps=0,
             )
         )
-    schedule = MaskSchedule(temperature=(temperature,) * 2)
-    return MloMae(*levels, estimator=Unrolled(steps=1), schedule=schedule), copies
+    schedule = MaskSchedule(16, temperature=(temperature,) * 2)
+    return MloMaeProblem(*levels, estimator=Unrolled(steps=1), schedule=schedule), copies
 
 
 LRS = (1e-2, 5e-2, 1e-3)
@@ -113,35 +119,37 @@ def mine(tensor: Tensor) -> Tensor:
     return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def run_lower(method: MloMae, cycle: int, micro: int = 1) -> None:
+def run_lower(method: MloMaeProblem, cycle: int, micro: int = 1) -> None:
     pretrain, images, labels, *_ = (mine(t) for t in batches(cycle))
     method.pretrain_step(list(pretrain.chunk(micro)))
     method.classifier_step(images, labels)
 
 
-def hypergradient(method: MloMae, cycle: int) -> dict[str, Tensor]:
+def hypergradient(method: MloMaeProblem, cycle: int) -> dict[str, Tensor]:
     """Gradient of the mask level at the moment it steps, whole and on every rank."""
     level = method.mask
     gradient: dict[str, Tensor] = {}
-    original = level.level.apply
+    original = level.apply
 
     def capture() -> None:
-        partition = level.level.partition
+        partition = level.partition
         gradient.update(partition.gather(list(partition.shapes), reduced_gradient(partition))[0])
         original()
 
-    level.level.apply = capture  # type: ignore[method-assign]
+    level.apply = capture  # type: ignore[method-assign]
     *_, images, labels = (mine(t) for t in batches(cycle))
     method.mask_step(images, labels)
-    level.level.apply = original  # type: ignore[method-assign]
+    level.apply = original  # type: ignore[method-assign]
     return {name: value.clone() for name, value in gradient.items()}
 
 
-def as_problem(method: MloMae, models: list[torch.nn.Module], optimizer: str, clip: float) -> Any:
+def as_problem(
+    method: MloMaeProblem, models: list[torch.nn.Module], optimizer: str, clip: float
+) -> Any:
     """The engines' present state in float64, for whatever batches and selection come next."""
     states = []
     for level, model, lr in zip(levels_of(method), models, LRS, strict=True):
-        partition = level.level.partition
+        partition = level.partition
         names = list(partition.shapes)
         weights = partition.gather(names, partition.weights())[0]
         model.double().load_state_dict({n: w.double() for n, w in weights.items()}, strict=False)
@@ -160,7 +168,7 @@ def as_problem(method: MloMae, models: list[torch.nn.Module], optimizer: str, cl
     return partial(MloMaeProblem, *models, *states)
 
 
-def levels_of(method: MloMae) -> list[TrainingLevel]:
+def levels_of(method: MloMaeProblem) -> list[TrainingLevel]:
     return [method.pretrain, method.classifier, method.mask]
 
 
@@ -182,7 +190,7 @@ def against_brute_force(cases: list[dict[str, Any]]) -> list[list[dict[str, floa
         method, models = build(**case)
         for cycle in range(WARM_CYCLES):
             run_lower(method, cycle, case.get("micro", 1))
-            method.problem.clear()
+            method.clear()
         num_cycles = 3 if case["dtype"] == "bf16" else 1  # single cycles in bf16 are noisy
         cycles = range(WARM_CYCLES, WARM_CYCLES + num_cycles)
         results.append([one_cycle(method, models, cycle, case) for cycle in cycles])
@@ -191,15 +199,15 @@ def against_brute_force(cases: list[dict[str, Any]]) -> list[list[dict[str, floa
 
 
 def one_cycle(
-    method: MloMae, models: list[torch.nn.Module], cycle: int, case: dict[str, Any]
+    method: MloMaeProblem, models: list[torch.nn.Module], cycle: int, case: dict[str, Any]
 ) -> dict[str, float]:
     """Train one cycle, and compare its hypergradient with the reference's."""
     problem = as_problem(method, models, case["optimizer"], case.get("gradient_clipping", 0.0))
     run_lower(method, cycle, case.get("micro", 1))
-    passes = method.pretrain.level.records[-1].micro_batches
+    passes = method.pretrain.records[-1].micro_batches
     images = [part.double() for p in passes for part in of_all_ranks(p.batch.images)]
     coupled, normalized = case.get("coupled", False), case.get("normalized", False)
-    places = [p.batch.chosen[0] if coupled else p.frozen.restore for p in passes]
+    places = [p.frozen if coupled else p.frozen.restore for p in passes]
     selection = [part.double() for place in places for part in of_all_ranks(place)]
     _, x2, y2, x3, y3 = batches(cycle)
     labelled = (x2.double(), y2), (x3.double(), y3)
@@ -208,11 +216,11 @@ def one_cycle(
     return {"error": relative_error(value, truth), "cosine": cosine(value, truth)}
 
 
-def fingerprint(method: MloMae) -> dict[str, str]:
+def fingerprint(method: MloMaeProblem) -> dict[str, str]:
     """A hash of everything a derivative evaluation must leave alone, by its name."""
     hashes = {"random state": _hash(torch.get_rng_state())}
     for level in (method.pretrain, method.classifier):
-        hashes |= fingerprint_of(level.level) | {f"{level.name} steps": repr(level.num_steps)}
+        hashes |= fingerprint_of(level) | {f"{level.name} steps": repr(level.num_steps_done)}
     return hashes
 
 
@@ -282,9 +290,9 @@ def _rising(embedding: Tensor) -> Tensor:
     return torch.linspace(0.1, 0.9, embedding.shape[1]).expand(embedding.shape[:2])
 
 
-def drive_on(method: MloMae) -> dict[str, str]:
+def drive_on(method: MloMaeProblem) -> dict[str, str]:
     """Two more steps of the lower levels with fixed scores, then their fingerprint."""
-    method.pretrain.level.loss = FixedScores()
+    method.pretrain.loss = FixedScores()
     for cycle in (1, 2):
         run_lower(method, cycle)
     return fingerprint(method)
@@ -311,15 +319,15 @@ def bad_numbers(configs: list[str]) -> dict[str, dict[str, Any]]:
 def bad_numbers_with(shipped: str) -> dict[str, Any]:
     """One rank sees NaN images in a pretrain step: nobody steps, and training goes on."""
     method, _ = build(shipped, "fp32", "adamw")
-    before = _hash(*method.pretrain.level.partition.weights())
+    before = _hash(*method.pretrain.partition.weights())
     pretrain, images, labels, mask_images, mask_labels = (mine(t) for t in batches(0))
     poisoned = pretrain * float("nan") if dist.get_rank() == 1 else pretrain
     method.pretrain_step([poisoned])
-    after = _hash(*method.pretrain.level.partition.weights())
+    after = _hash(*method.pretrain.partition.weights())
     method.classifier_step(images, labels)
-    mask_before = _hash(*method.mask.level.partition.weights())
+    mask_before = _hash(*method.mask.partition.weights())
     method.mask_step(mask_images, mask_labels)
-    mask_unchanged = mask_before == _hash(*method.mask.level.partition.weights())
+    mask_unchanged = mask_before == _hash(*method.mask.partition.weights())
     skipped = (method.pretrain.num_skipped, method.classifier.num_skipped, method.mask.num_skipped)
     run_lower(method, 1)
     hypergradient(method, 1)
@@ -330,7 +338,7 @@ def bad_numbers_with(shipped: str) -> dict[str, Any]:
             method.pretrain_step([poisoned])
     except RuntimeError as error:
         message = str(error)
-    finite = all(bool(s.isfinite().all()) for s in method.pretrain.level.partition.weights())
+    finite = all(bool(s.isfinite().all()) for s in method.pretrain.partition.weights())
     destroy(method)
     return {
         "unchanged": before == after,
@@ -342,7 +350,7 @@ def bad_numbers_with(shipped: str) -> dict[str, Any]:
     }
 
 
-def destroy(method: MloMae) -> None:
+def destroy(method: MloMaeProblem) -> None:
     for level in (method.pretrain, method.classifier, method.mask):
         level.engine.destroy()
     deepspeed.comm.barrier()

@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mlomae.hypergrad import Level, Unrolled
+from mlomae.hypergrad import Unrolled
 from mlomae.models import MaskedAutoencoder, MaskingNetwork, SegmentationHead
+from mlomae.pretraining.masks import MaskSchedule
 from mlomae.pretraining.mlo_mae import (
     HEAD_LOSSES,
-    LEVELS,
     UNLABELLED,
     FrozenReconstruction,
-    MloMae,
+    LevelLoss,
+    MloMaeProblem,
+    level_losses,
 )
 from mlomae.recipe import LevelRecipe
 from mlomae.training.engines import build_level
@@ -42,13 +44,8 @@ def models_of(dropout: float = 0.0) -> list[nn.Module]:
     return [mae, SegmentationHead(16, NUM_CLASSES, dropout), MaskingNetwork(15, 16, 12)]
 
 
-def coupling() -> dict[str, dict[str, Any]]:
-    head = {"loss": HEAD_LOSSES["segmentation"]}
-    return {
-        "pretrain": LEVELS["pretrain"] | {"loss": FrozenReconstruction()},
-        "classifier": LEVELS["classifier"] | head,
-        "mask": LEVELS["mask"] | head,
-    }
+def losses() -> dict[str, LevelLoss]:
+    return level_losses(FrozenReconstruction(), HEAD_LOSSES["segmentation"])
 
 
 def labelled(num: int, generator: torch.Generator) -> Labelled:
@@ -136,19 +133,24 @@ def alone(
     """The hypergradient of the fourth cycle, and the reference's."""
     models = [module.double() for module in models_of()]
     levels = [
-        PlainLevel(Level(name, module, make_optimizer(kind, module, lr), **coupling()[name]))
+        PlainLevel(name, module, make_optimizer(kind, module, lr), **losses()[name]._asdict())
         for name, module, lr in zip(NAMES, models, (1e-2, head_lr, 1e-3), strict=True)
     ]
-    method = MloMae(*levels, estimator=Unrolled(steps=1), keep_activations=keep_activations)
+    method = MloMaeProblem(
+        *levels,
+        estimator=Unrolled(steps=1),
+        schedule=MaskSchedule(15),
+        keep_activations=keep_activations,
+    )
     generator = torch.Generator().manual_seed(1)
     for _ in range(WARM_CYCLES):
         method.pretrain_step([labelled(6, generator)[0]])
         method.classifier_step(*labelled(6, generator))
-        method.problem.clear()
+        method.clear()
     images, below, above = (labelled(n, generator) for n in (6, 6, 4))
     if mask_labels is not None:
         above[1][:] = mask_labels
-    states = [of_optimizer(level.level.optimizer, level.level.model) for level in levels[:2]]
+    states = [of_optimizer(level.optimizer, level.model) for level in levels[:2]]
     copies = [copy.deepcopy(module) for module in models]
     batches = [[part] for part in below], [[part] for part in above]
     truth = SegmentationProblem(*copies, *states, [images[0]], *batches)
@@ -196,28 +198,28 @@ def _error_on_engines(shipped: str, dtype: str) -> float:
             decay_norm_and_bias=name == "pretrain",
         )  # fmt: skip
         config = engine_cases.deepspeed_config(shipped, dtype, 0.0, 1)
-        more = coupling()[name] | {"total_steps": 10**9, "warmup_steps": 0}
+        more = losses()[name]._asdict() | {"total_steps": 10**9, "warmup_steps": 0}
         levels.append(build_level(name, module, recipe, config, **more))
-    method = MloMae(*levels, estimator=Unrolled(steps=1))
+    method = MloMaeProblem(*levels, estimator=Unrolled(steps=1), schedule=MaskSchedule(15))
     for cycle in range(WARM_CYCLES):
         _run_lower(method, cycle)
-        method.problem.clear()
+        method.clear()
     problem = engine_cases.as_problem(method, copies, "adamw", 0.0)
     _run_lower(method, WARM_CYCLES)
-    (passed,) = method.pretrain.level.records[-1].micro_batches
+    (passed,) = method.pretrain.records[-1].micro_batches
     selection = [part.double() for part in engine_cases.of_all_ranks(passed.frozen.restore)]
     images = [part.double() for part in engine_cases.of_all_ranks(passed.batch.images)]
     _, below, above = _batches(WARM_CYCLES)
     halves = [tuple(list(part.chunk(2)) for part in batch) for batch in (below, above)]
     truth = SegmentationProblem(*problem.args, images, *halves, selection=selection).hypergradient()
     value: Weights = {}
-    method.mask.step_along = lambda h: value.update(method.mask.level.named(h.vector))  # type: ignore[method-assign,assignment]
+    method.mask.step_along = lambda h: value.update(method.mask.named(h.vector))  # type: ignore[method-assign,assignment]
     method.mask_step(*_mine(above))
     engine_cases.destroy(method)
     return relative_error(value, truth)
 
 
-def _run_lower(method: MloMae, cycle: int) -> None:
+def _run_lower(method: MloMaeProblem, cycle: int) -> None:
     images, below, _ = _batches(cycle)
     method.pretrain_step([engine_cases.mine(images).float()])
     method.classifier_step(*_mine(below))

@@ -1,7 +1,6 @@
 """The exact one-step hypergradient of MLO-MAE against float64 brute force, in one process."""
 
 import copy
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,32 +17,29 @@ from mlomae.models import (
 )
 from mlomae.pretraining.masks import MaskSchedule
 from mlomae.pretraining.mlo_mae import (
-    LEVELS,
     CoupledReconstruction,
     FrozenReconstruction,
-    MloMae,
+    MloMaeProblem,
+    level_losses,
 )
 from tests.hypergrad.brute_force import MloMaeProblem, of_optimizer, relative_error
 
 
-@dataclass
-class PlainLevel:
+class PlainLevel(Level):
     """What `TrainingLevel` is to an engine, for a module and a torch optimizer."""
 
-    level: Level
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    num_steps: int = 0
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gradients: dict[str, Tensor] = {}
+        self.num_steps_done = 0
+        self.engine = SimpleNamespace(module=self.model)
 
-    @property
-    def engine(self) -> Any:
-        return SimpleNamespace(module=self.level.model)
-
-    def step(self, *micro_batches: Any) -> None:
-        self.level.step(*micro_batches)
-        self.num_steps += 1
+    def apply(self) -> None:
+        super().apply()
+        self.num_steps_done += 1
 
     def step_along(self, hypergradient: Any) -> None:
-        self.gradients = self.level.named(hypergradient.vector)
+        self.gradients = self.named(hypergradient.vector)
 
 
 def tiny_models(
@@ -145,16 +141,16 @@ def hypergradient_of(
     loss = (CoupledReconstruction if coupled else FrozenReconstruction)(
         "normalized" if normalized else "published"
     )
-    coupling = LEVELS | {"pretrain": LEVELS["pretrain"] | {"loss": loss}}
+    losses = level_losses(loss)
     levels = [
-        PlainLevel(Level(name, module, make_optimizer(kind, module, lr), **coupling[name]))
-        for name, module, lr in zip(LEVELS, models, lrs, strict=True)
+        PlainLevel(name, module, make_optimizer(kind, module, lr), **losses[name]._asdict())
+        for name, module, lr in zip(losses, models, lrs, strict=True)
     ]
-    method = MloMae(
+    method = MloMaeProblem(
         *levels,
         estimator=Unrolled(steps=1),
         keep_activations=keep_activations,
-        schedule=MaskSchedule(mask_ratio, (temperature,) * 2, 16, warm_steps + 1, seed=3),
+        schedule=MaskSchedule(16, mask_ratio, (temperature,) * 2, warm_steps + 1, seed=3),
     )
     generator = torch.Generator().manual_seed(1)
 
@@ -167,14 +163,14 @@ def hypergradient_of(
     for _ in range(warm_steps):
         method.pretrain_step([images(6)])
         method.classifier_step(images(6), labels(6))
-        method.problem.clear()
+        method.clear()
 
     batches = [images(6)], (images(6), labels(6)), (images(4), labels(4))
-    states = [of_optimizer(lv.level.optimizer, lv.level.model) for lv in levels[:2]]
+    states = [of_optimizer(lv.optimizer, lv.model) for lv in levels[:2]]
     problem = MloMaeProblem(*(copy.deepcopy(m) for m in models), *states, *batches)
     problem.mae.activation_checkpointing = False
     problem.coupled, problem.normalized = coupled, normalized
-    problem.mae.num_keep = method.num_keep
+    problem.mae.num_keep = method.schedule.num_keep(method.pretrain.num_steps_done)
     problem.seed = 11
     torch.manual_seed(11)
     method.pretrain_step(batches[0])
