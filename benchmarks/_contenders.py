@@ -53,15 +53,15 @@ def library(
     def contender(problem: Problem) -> Cycle:
         # Here, so that no other contender carries DeepSpeed in its memory.
         from mlomae.pretraining.masks import MaskedBatch
-        from mlomae.pretraining.mlo_mae import LEVELS, FrozenReconstruction
+        from mlomae.pretraining.mlo_mae import FrozenReconstruction, level_losses
 
         networks = {
             "pretrain": (problem.autoencoder, problem.autoencoder_optimizer),
             "classifier": (problem.head, problem.head_optimizer),
             "mask": (problem.masking, adamw(problem.masking, lr=5e-5)),
         }
-        keywords = {**LEVELS, "pretrain": {**LEVELS["pretrain"], "loss": FrozenReconstruction()}}
-        levels = {name: Level(name, *networks[name], **keywords[name]) for name in networks}
+        losses = level_losses(FrozenReconstruction())
+        levels = {name: Level(name, *networks[name], **losses[name]._asdict()) for name in networks}
         multilevel = Multilevel(
             levels.values(), estimator=estimator, keep_activations=keep_activations
         )
@@ -71,12 +71,12 @@ def library(
 
         def lower() -> None:
             multilevel.clear()
-            levels["pretrain"].step(MaskedBatch(problem.unlabeled))
+            levels["pretrain"].step(MaskedBatch(problem.unlabeled, problem.autoencoder.num_keep))
             levels["classifier"].step(problem.labeled)
 
         def update() -> None:
-            found = multilevel.hypergradient("mask", *held_out)
-            levels["mask"].set_gradient(found.vector)
+            hypergradient = multilevel.hypergradient("mask", *held_out)
+            levels["mask"].set_gradient(hypergradient.vector)
 
         return Cycle(lower, update)
 

@@ -86,7 +86,7 @@ def _gradients(loss: Tensor, weights: Weights) -> list[Tensor]:
 
 
 @dataclass
-class MloMaeProblem:
+class BruteForceMloMae:
     """Everything one MLO-MAE cycle with k1 = k2 = 1 starts from, in float64."""
 
     mae: nn.Module

@@ -24,7 +24,7 @@ from mlomae.pretraining.mlo_mae import (
 from mlomae.recipe import LevelRecipe
 from mlomae.training.engines import TrainingLevel, build_level
 from tests.hypergrad.brute_force import (
-    MloMaeProblem,
+    BruteForceMloMae,
     OptimizerState,
     cosine,
     relative_error,
@@ -165,7 +165,7 @@ def as_problem(
         state.memory = {n: tuple(m[n].double().clone() for m in moments) for n in names}
         state.num_steps = int(entries[0].get("step", 1))
         states.append(state)
-    return partial(MloMaeProblem, *models, *states)
+    return partial(BruteForceMloMae, *models, *states)
 
 
 def levels_of(method: MloMaeProblem) -> list[TrainingLevel]:

@@ -23,7 +23,7 @@ from mlomae.pretraining.mlo_mae import (
 from mlomae.recipe import LevelRecipe
 from mlomae.training.engines import build_level
 from tests.hypergrad import engine_cases
-from tests.hypergrad.brute_force import MloMaeProblem, Weights, of_optimizer, relative_error
+from tests.hypergrad.brute_force import BruteForceMloMae, Weights, of_optimizer, relative_error
 from tests.hypergrad.engine_cases import BATCH, EPS, LRS, WARM_CYCLES
 from tests.hypergrad.test_one_step import PlainLevel, make_optimizer
 from tests.ranks import run_ranks
@@ -57,7 +57,7 @@ def labelled(num: int, generator: torch.Generator) -> Labelled:
     return images, masks
 
 
-class SegmentationProblem(MloMaeProblem):
+class SegmentationProblem(BruteForceMloMae):
     """The loss of the upper levels written out; a batch is a list of images and one of masks."""
 
     def _classifier_loss(

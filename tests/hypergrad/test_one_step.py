@@ -22,7 +22,7 @@ from mlomae.pretraining.mlo_mae import (
     MloMaeProblem,
     level_losses,
 )
-from tests.hypergrad.brute_force import MloMaeProblem, of_optimizer, relative_error
+from tests.hypergrad.brute_force import BruteForceMloMae, of_optimizer, relative_error
 
 
 class PlainLevel(Level):
@@ -167,7 +167,7 @@ def hypergradient_of(
 
     batches = [images(6)], (images(6), labels(6)), (images(4), labels(4))
     states = [of_optimizer(lv.optimizer, lv.model) for lv in levels[:2]]
-    problem = MloMaeProblem(*(copy.deepcopy(m) for m in models), *states, *batches)
+    problem = BruteForceMloMae(*(copy.deepcopy(m) for m in models), *states, *batches)
     problem.mae.activation_checkpointing = False
     problem.coupled, problem.normalized = coupled, normalized
     problem.mae.num_keep = method.schedule.num_keep(method.pretrain.num_steps_done)
