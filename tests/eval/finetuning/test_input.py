@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from data_ffcv.convert import convert
 from eval import finetune
+from eval.finetuning import evaluate
 from eval.finetuning.network import build_classifier
 from mlomae.recipe import load_recipe
 from mlomae.training import command_line
@@ -62,10 +63,8 @@ def refused(
 ) -> Callable[..., str]:
     """Launch what must be refused, and return the sentence."""
     monkeypatch.setattr(command_line, "set_up_logging", lambda: None)
-    for module in (program, finetune):
-        monkeypatch.setattr(
-            module, "start_ranks", lambda: pytest.fail("not refused"), raising=False
-        )
+    for module in (command_line, evaluate):
+        monkeypatch.setattr(module, "start_ranks", lambda *_: pytest.fail("not refused"))
     data = {"num_classes": 2, "train": str(files["train"]), "test": str(files["test"])}
     recipe = {**RECIPE, "output_dir": str(tmp_path / "run"), "data": data}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
