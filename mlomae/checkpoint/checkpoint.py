@@ -41,7 +41,7 @@ from mlomae.checkpoint.choice import FORMAT, Damaged, read_state
 from mlomae.checkpoint.folders import RECIPE_FILE, complete_checkpoints
 from mlomae.checkpoint.level_state import StoredLevel, memory_kinds, pieces, restore
 from mlomae.checkpoint.writer import Saving
-from mlomae.environment import _commit
+from mlomae.environment import git_commit
 from mlomae.errors import UserError
 from mlomae.hypergrad.partition import Vector
 from mlomae.randomness import hashed
@@ -191,7 +191,7 @@ def _describe(task: SavedTask, progress: Progress, for_good: bool) -> dict[str, 
         },
         "world_size": dist.get_world_size(),
         "for_good": for_good,
-        "versions": {"mlomae": mlomae.__version__, "torch": torch.__version__, "git": _commit()},
+        "versions": {"mlomae": mlomae.__version__, "torch": torch.__version__, "git": git_commit()},
     }
 
 
