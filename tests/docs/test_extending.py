@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +19,7 @@ from torch import nn
 from data_ffcv import DataError, sources
 from data_ffcv.convert import convert
 from mlomae.hypergrad import Identity, Level, Multilevel
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import ENVIRONMENT, ROOT, run_ranks
 from tests.runs import NUM_IMAGES, Setup, checkpoints, drive
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -60,7 +62,7 @@ def train(package: str, launches: list[dict[str, Any]]) -> list[tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def method_run(module_setup: Setup, beton: Path) -> Path:
-    """The output_dir of the linear autoencoder: stopped, resumed, refused in one gloo process."""
+    """The output_dir of the linear autoencoder: stopped and resumed in one gloo process."""
     folder = module_setup.folder
     package = folder / "linear"
     package.mkdir()
@@ -71,16 +73,13 @@ def method_run(module_setup: Setup, beton: Path) -> Path:
 
     common = {"recipe": str(folder / "linear.yaml"), "program": "linear.program:LinearProgram"}
     settings = (f"data.train={beton}", "monitor.log_interval=1")
-    large = "pretrain.batch_size=1000"
     launches = [
         module_setup.launch("run", *settings, **common, kill=(0, 3)),
         module_setup.launch("run", *settings, **common, resume=True),
-        module_setup.launch("refused", *settings, large, **common),
     ]
     function = "tests.docs.test_extending:train"
     (done,) = run_ranks(function, 1, folder / "ranks", package=str(folder), launches=launches)
-    assert [code for code, _ in done] == [143, 0, 2], done
-    assert "error: pretrain.batch_size exceeds the number of images: lower it" in done[2][1]
+    assert [code for code, _ in done] == [143, 0], done
     return folder / "run"
 
 
@@ -92,6 +91,22 @@ def test_the_method_trains_and_resumes(method_run: Path):
     assert checkpoints(method_run)[-1] == f"step_{num_steps:08d}"
     assert json.loads((method_run / "summary.json").read_text())["pretrain_steps"] == num_steps
     assert "pretrain/loss" in (method_run / "report.md").read_text()
+
+
+def test_the_method_is_a_command(method_run: Path, module_setup: Setup, beton: Path):
+    """Started as the page says, without a launcher; what it refuses is one sentence."""
+    flags = ["--recipe", "linear.yaml", "--deepspeed_config", module_setup.config()]
+    done = subprocess.run(
+        [sys.executable, "-m", "linear.program", *flags, f"data.train={beton}",
+         "pretrain.batch_size=1000"],
+        cwd=module_setup.folder,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    sentence = "error: pretrain.batch_size exceeds the number of images: lower it"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, sentence), done.stderr
 
 
 # --- an estimator ------------------------------------------------------------------------------
