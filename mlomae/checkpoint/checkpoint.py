@@ -102,10 +102,10 @@ def start_saving(
             files[file] = _copied(tensors)
     vectors, rank = task.vectors(), dist.get_rank()
     for name, level in task.levels.items():
-        if own_pieces := pieces(level, vectors.get(name, {})):
-            files[f"{name}/shards_{rank:05d}.safetensors"] = _copied(own_pieces)
-    if own := task.rank_state():
-        files[_own_file(rank)] = _copied(own)
+        if held := pieces(level, vectors.get(name, {})):
+            files[f"{name}/shards_{rank:05d}.safetensors"] = _copied(held)
+    if of_rank := task.rank_state():
+        files[_rank_file(rank)] = _copied(of_rank)
     files[_random_file(rank)] = _random_state()
     if rank == 0:
         if shared := task.shared_state():
@@ -149,8 +149,8 @@ def load(checkpoint: Path, task: SavedTask, recipe: RunRecipe) -> Progress:
             restore(level, vectors.get(name, {}), saved["optimizer"], checkpoint / name)
             level.set_counters(**saved["counters"])
         progress, num_writers = Progress(**state["progress"]), state["world_size"]
-        own = _read_own(checkpoint, num_writers)
-        task.load_state(_read(checkpoint / _SHARED_FILE), own)
+        of_rank = _read_rank_state(checkpoint, num_writers)
+        task.load_state(_read(checkpoint / _SHARED_FILE), of_rank)
         _restore_random_state(checkpoint, num_writers, hashed(recipe.seed, progress.cycle))
     except UserError:
         raise
@@ -215,7 +215,7 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _own_file(rank: int) -> str:
+def _rank_file(rank: int) -> str:
     return f"own_{rank:05d}.safetensors"
 
 
@@ -227,12 +227,12 @@ def _read(file: Path) -> dict[str, Tensor]:
     return load_file(file) if file.exists() else {}
 
 
-def _read_own(checkpoint: Path, num_writers: int) -> dict[str, Tensor]:
+def _read_rank_state(checkpoint: Path, num_writers: int) -> dict[str, Tensor]:
     """This rank's part of what was cut into equal parts along the first dimension."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if num_writers == world_size:
-        return _read(checkpoint / _own_file(rank))
-    parts = [_read(checkpoint / _own_file(writer)) for writer in range(num_writers)]
+        return _read(checkpoint / _rank_file(rank))
+    parts = [_read(checkpoint / _rank_file(writer)) for writer in range(num_writers)]
     wholes = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {name: whole.chunk(world_size)[rank].clone() for name, whole in wholes.items()}
 

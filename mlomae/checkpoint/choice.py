@@ -62,7 +62,7 @@ def choose(folder: Path) -> Path | None:
     for cut_short in folder.glob("step_*.tmp"):
         logger.info("ignored %s: its writing was cut short", cut_short)
     checkpoints = from_first_rank(complete_checkpoints(folder))  # NFS may lag behind on one node
-    problems = {}
+    problems: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints):
         problem = _agreed_problem(checkpoint)
         if problem is None:

@@ -34,10 +34,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if not complete:
         is_run = (folder / RECIPE_FILE).exists()  # one around runs has no recipe
         inner = [] if is_run else sorted(path.parent for path in folder.glob("*/checkpoints"))
-        mend = (
+        fix = (
             f"give {' or '.join(map(str, inner))}" if inner else "train first, or give another run"
         )
-        raise UserError(f"{folder} holds no complete checkpoint: {mend}")
+        raise UserError(f"{folder} holds no complete checkpoint: {fix}")
     return complete[-1]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from mlomae.checkpoint.folders import MASKING_FILE, MODEL_FILE, RECIPE_FILE, find_checkpoint
 from mlomae.errors import UserError
+from mlomae.foreign import load_weights
 from mlomae.models import (
     ClassificationHead,
     LightMaskingNetwork,
@@ -37,8 +38,6 @@ def load_initial_weights(model: MaskedAutoencoder, recipe: Recipe) -> None:
     Raises:
         UserError: they cannot be read, or do not fit; the model is unchanged.
     """
-    from mlomae.foreign import load_weights  # late: it reads runs of this project as well
-
     if recipe.init_from:
         load_weights(model, recipe.init_from, expected=recipe.init_from_expected)
 

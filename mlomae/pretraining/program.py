@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from mlomae.foreign import check_weights
+from mlomae.models import MaskedAutoencoder
 from mlomae.pretraining.images import LevelImages, plan_images
 from mlomae.pretraining.mae import BaselineReconstruction, baseline_scorer
 from mlomae.pretraining.mlo_mae import (
@@ -64,7 +65,7 @@ def build_levels(job: Job[Recipe], num_cycles: int) -> dict[str, TrainingLevel]:
     recipe, levels = job.recipe, {}
     for name, loss in losses_of(recipe).items():
         module = BUILDERS[name](recipe)
-        if name == "pretrain" and not job.is_continued:
+        if isinstance(module, MaskedAutoencoder) and not job.is_continued:
             load_initial_weights(module, recipe)
         levels[name] = job.build_level(name, module, num_cycles=num_cycles, **loss._asdict())
     return levels

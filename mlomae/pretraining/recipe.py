@@ -57,10 +57,10 @@ class Recipe(RunRecipe):
     @model_validator(mode="after")
     def _check_method(self) -> Self:
         for name in ("classifier", "mask"):
-            given = getattr(self, name) is not None
-            if self.method == "mlo_mae" and not given:
+            is_there = getattr(self, name) is not None
+            if self.method == "mlo_mae" and not is_there:
                 raise Refusal(name, "is missing: method mlo_mae needs this section, add it")
-            if self.method == "mae" and given:
+            if self.method == "mae" and is_there:
                 problem = "is given, but method mae trains no such level: remove the section"
                 raise Refusal(name, problem)
         return self
@@ -117,14 +117,14 @@ class Recipe(RunRecipe):
 
     @model_validator(mode="after")
     def _check_checkpointing(self) -> Self:
-        own = self.hypergradient
-        has_tangents = own.relative_step is None and own.radius is None
-        needs_hessian = own.estimator in ("neumann", "conjugate_gradient") or (
-            own.estimator == "unrolled" and own.pretrain_steps > 1
+        section = self.hypergradient
+        has_tangents = section.relative_step is None and section.radius is None
+        needs_hessian = section.estimator in ("neumann", "conjugate_gradient") or (
+            section.estimator == "unrolled" and section.pretrain_steps > 1
         )
         if self.model.activation_checkpointing and needs_hessian and has_tangents:
             problem = (
-                f"is true, but estimator {own.estimator} differentiates the encoder's blocks "
+                f"is true, but estimator {section.estimator} differentiates the encoder's blocks "
                 "twice here: set it to false, unroll one pretrain step, or use truncated"
             )
             raise Refusal("model.activation_checkpointing", problem)

@@ -43,7 +43,7 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(text, object_pairs_hook=_refuse_doubles)
     except ValueError as error:
-        raise UserError(f"{path}: {error}, mend the JSON there") from None
+        raise UserError(f"{path}: {error}, fix the JSON there") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed config is a JSON object, so put it into braces")
     try:
@@ -187,13 +187,13 @@ def _check_readable(config: Mapping[str, Any], config_name: str) -> None:
 
     Plain MAE reads them, too: for the guard against bad steps and for the fp32 export.
     """
-    for what, is_used, mend in _unsupported(config):
+    for what, is_used, fix in _unsupported(config):
         if is_used:
-            raise UserError(f"{config_name}: {what} is not supported yet: {mend}")
+            raise UserError(f"{config_name}: {what} is not supported yet: {fix}")
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterable[tuple[str, bool, str]]:
-    """What is unsupported, whether the JSON asks for it, and the mend."""
+    """What is unsupported, whether the JSON asks for it, and the fix."""
     # The guard would count the steps that DeepSpeed skips while it looks for a loss scale.
     yield "fp16.enabled", _is_enabled(config, "fp16"), "use bf16 instead"
     yield "torch_autocast.enabled", _is_enabled(config, "torch_autocast"), "use bf16 instead"
@@ -245,8 +245,8 @@ def _refuse_contradictions(
     config_name: str,
 ) -> None:
     """Refuse a value of the JSON which the recipe decides otherwise."""
-    given = {key: value for key, value in base.items() if key in _RECIPE_KEYS}
-    for key, value in flatten(given):
+    fixed = {key: value for key, value in base.items() if key in _RECIPE_KEYS}
+    for key, value in flatten(fixed):
         # "auto" is how configs of the Hugging Face trainer leave a value open
         if value in ("auto", {}):
             continue

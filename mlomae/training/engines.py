@@ -211,13 +211,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer, with its groups of weights that decay or do not."""
     groups = list(param_groups or _param_groups(module, recipe))
-    if recipe.optimizer == "lars":
+    kind: str = recipe.optimizer  # which a linear probe's recipe has more of
+    if kind == "lars":
         return Lars(groups, lr=recipe.lr, momentum=recipe.momentum, always_adapt=True)
-    if recipe.optimizer == "sgd":
+    if kind == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
-    return torch.optim.AdamW(
-        groups, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps, fused=True
-    )
+    beta1, beta2 = recipe.betas
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps, fused=True)
 
 
 def _param_groups(module: nn.Module, recipe: LevelRecipe) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ def check_output_dir(recipe: RunRecipe, resume: bool, needed: int) -> None:
     The first rank claims the folder for this launch.
 
     Raises:
-        UserError: names the folder and the mend.
+        UserError: names the folder and the fix.
     """
     folder = recipe.output_dir
     if not resume and any((folder / name).exists() for name in (RECIPE_FILE, "checkpoints")):
@@ -36,7 +36,7 @@ def check_output_dir(recipe: RunRecipe, resume: bool, needed: int) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"output_dir {folder} cannot be written ({error.strerror}): choose another, or mend "
+            f"output_dir {folder} cannot be written ({error.strerror}): choose another, or fix "
             "its rights or space"
         ) from None
     free = shutil.disk_usage(folder).free

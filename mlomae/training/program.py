@@ -123,7 +123,7 @@ class Program(ABC, Generic[R]):
         """Look at data and weights before anything is built; may keep what was read.
 
         Raises:
-            UserError, DataError: one sentence on what is wrong and how to mend it.
+            UserError, DataError: one sentence on what is wrong and how to fix it.
         """
 
     @abstractmethod
@@ -153,7 +153,7 @@ def check_job(program: Program[R], job: Job[R]) -> None:
     """Everything that can be wrong with a job and be seen before ranks start.
 
     Raises:
-        UserError, DataError: one sentence on what is wrong and how to mend it.
+        UserError, DataError: one sentence on what is wrong and how to fix it.
     """
     recipe = job.recipe
     choose_backend(recipe.data.backend, recipe.data.train)

@@ -99,9 +99,9 @@ class Task(ABC):
         """
         return {}
 
-    def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    def load_state(self, shared: dict[str, Tensor], of_rank: dict[str, Tensor]) -> None:
         """Take back what `shared_state` and `rank_state` gave; both are on the CPU."""
-        assert not shared and not own
+        assert not shared and not of_rank
 
     def result(self) -> dict[str, Any]:
         """What `result.json` says besides the last evaluation: protocol, settings, data."""

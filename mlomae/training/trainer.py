@@ -101,16 +101,17 @@ class Trainer:
 
     def _look(self, monitor: Monitor) -> None:
         """Pictures and evaluations that are due after this cycle and were not made yet."""
-        progress, own = self.progress, self.recipe.monitor
-        if progress.evaluated == progress.cycle:
+        if self.progress.evaluated == self.progress.cycle:
             return
-        if self._is_due(own.picture_interval_epochs) or self._is_due(own.eval_interval_epochs):
+        is_picture_due = self._is_due(self.recipe.monitor.picture_interval_epochs)
+        is_evaluation_due = self._is_due(self.recipe.monitor.eval_interval_epochs)
+        if is_picture_due or is_evaluation_due:
             self._finish_saving()  # complete before what may take long, or fail
-        if self._is_due(own.picture_interval_epochs):
+        if is_picture_due:
             self._picture(monitor)
-        if self._is_due(own.eval_interval_epochs):
+        if is_evaluation_due:
             self._evaluate(monitor)
-        progress.evaluated = progress.cycle
+        self.progress.evaluated = self.progress.cycle
 
     def _record(self, monitor: Monitor, is_last: bool) -> None:
         cycle = self.progress.cycle
@@ -164,14 +165,15 @@ class Trainer:
     def _save(self) -> None:
         """Begin to save; with `async_save` it goes on beside the next cycles."""
         self._finish_saving()
-        own, folder = self.recipe.checkpoint, self.output_dir / "checkpoints"
-        for_good = own.keep_every is not None and self._is_due(own.interval_epochs, own.keep_every)
+        section, folder = self.recipe.checkpoint, self.output_dir / "checkpoints"
+        keep_every = section.keep_every
+        for_good = keep_every is not None and self._is_due(section.interval_epochs, keep_every)
         with self._clock_paused():
             mark("saving")
             self._saving = start_saving(
                 folder, self.task, self.progress, self.recipe, for_good=for_good
             )
-        if not own.async_save:
+        if not section.async_save:
             self._finish_saving()
 
     def _finish_saving(self) -> None:

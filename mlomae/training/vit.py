@@ -1,10 +1,10 @@
-"""The encoder of examinations: timm's VisionTransformer, under MAE's names and with its values."""
+"""The encoder of evaluations: timm's VisionTransformer, under MAE's names and with its values."""
 
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -30,7 +30,7 @@ def build_vit(recipe: EncoderRecipe, *, num_classes: int = 0, **options: Any) ->
         options: of timm's VisionTransformer, such as fc_norm or init_values (layer scale); they win
             over what the recipe says.
     """
-    given = {
+    asked = {
         "img_size": recipe.image_size,
         "global_pool": recipe.global_pool,
         "drop_path_rate": recipe.drop_path_rate,
@@ -39,7 +39,7 @@ def build_vit(recipe: EncoderRecipe, *, num_classes: int = 0, **options: Any) ->
         include={"patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"}
     )
     vit = VisionTransformer(
-        **sizes | given | options,
+        **sizes | asked | options,
         num_classes=num_classes,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         attn_layer=Attention,
@@ -47,7 +47,7 @@ def build_vit(recipe: EncoderRecipe, *, num_classes: int = 0, **options: Any) ->
     _fill(vit, _autoencoder(recipe))
     vit.set_grad_checkpointing(recipe.activation_checkpointing)
     for block in vit.blocks:
-        block.attn.backend = recipe.attention
+        cast(Attention, block.attn).backend = recipe.attention
         if recipe.compile_blocks:
             block.compile()
     return vit
@@ -59,7 +59,7 @@ def load_encoder(
     paths: Sequence[str | Path],
     expected: Sequence[str] = (),
 ) -> None:
-    """Fill a ViT of `build_vit` with an encoder of anybody's; its head stays as it is.
+    """Fill a ViT of `build_vit` with a pretrained encoder; its head stays as it is.
 
     Positions of another grid are interpolated.
 
@@ -87,12 +87,12 @@ def check_encoder(
 def warn_of_other_pixels(recipe: RunRecipe) -> None:
     """Say when an encoder was trained on images that were normalised otherwise."""
     for path in recipe.init_from:
-        told = read_config(path)
+        config = read_config(path)
         for key in ("mean", "std"):
             ours = getattr(recipe.data, key)
-            if key in told and tuple(told[key]) != ours:
+            if key in config and tuple(config[key]) != ours:
                 message = "%s was trained with %s %s, but data.%s is %s"
-                log.warning(message, path, key, list(told[key]), key, list(ours))
+                log.warning(message, path, key, list(config[key]), key, list(ours))
 
 
 def _autoencoder(recipe: EncoderRecipe) -> MaskedAutoencoder:
@@ -108,6 +108,6 @@ def _autoencoder(recipe: EncoderRecipe) -> MaskedAutoencoder:
 
 def _fill(vit: VisionTransformer, autoencoder: MaskedAutoencoder) -> None:
     """Copy the encoder; without a final norm its norm is left out."""
-    own = vit.state_dict()
+    names = vit.state_dict()
     encoder = to_timm(autoencoder.state_dict())
-    vit.load_state_dict({n: t for n, t in encoder.items() if n in own}, strict=False)
+    vit.load_state_dict({n: t for n, t in encoder.items() if n in names}, strict=False)

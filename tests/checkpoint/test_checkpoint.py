@@ -102,7 +102,7 @@ def test_what_one_rank_cannot_read_is_not_set_aside(outcomes: Any, setup: Setup)
     assert codes(outcomes["stale"]) == [2, 2]
     for _, stderr in outcomes["stale"]:
         error = stderr.splitlines()[-1]
-        assert "rank 1 on " in error and "(Stale file handle): mend" in error
+        assert "rank 1 on " in error and "(Stale file handle): fix" in error
     assert checkpoints(setup.folder / "bug") == ["latest", "step_00000004"]
 
 

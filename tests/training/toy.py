@@ -71,9 +71,9 @@ class ToyTask(Task):
     def vectors(self) -> dict[str, dict[str, Vector]]:
         return {"mean": {"average": self.average.shards}}
 
-    def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    def load_state(self, shared: dict[str, Tensor], of_rank: dict[str, Tensor]) -> None:
         self.num_counted.copy_(shared["num_counted"])
-        self.seen.copy_(own["seen"])
+        self.seen.copy_(of_rank["seen"])
 
     def result(self) -> dict[str, Any]:
         return {"protocol": "toy"}
