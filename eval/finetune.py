@@ -11,37 +11,21 @@ classifier that was fine-tuned before, a run (then RUN/recipe.yaml is its recipe
 mae_finetuned_vit_base.pth, and writes output_dir/eval/finetune/result.json.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from eval.finetuning.evaluate import evaluate
-from eval.finetuning.network import build_classifier
-from eval.finetuning.program import FinetuningProgram, check_test
-from eval.finetuning.recipe import FinetuneRecipe
-from mlomae.training.command_line import exit_code, launch, parse_arguments, refuse_beside_evaluate
-from mlomae.training.program import make_job
+from eval.finetuning.evaluate import evaluate_trained
+from eval.finetuning.program import FinetuningProgram
+from mlomae.training.command_line import train_or_evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for, and return the exit code."""
-    arguments, overrides = parse_arguments(__doc__, argv, _add_evaluate)
-    files = arguments.recipe, arguments.deepspeed_config
-    if arguments.evaluate is None:
-        return launch(FinetuningProgram(), *files, arguments.resume, overrides)
-
-    def work() -> None:
-        refuse_beside_evaluate(arguments)
-        job = make_job(FinetuneRecipe, *files, overrides=overrides)
-        vit = build_classifier(job.recipe)
-        evaluate(job, vit, arguments.evaluate, check_test(job.recipe))
-
-    return exit_code(work)
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--evaluate",
+    return train_or_evaluate(
+        FinetuningProgram(),
+        __doc__,
+        argv,
+        evaluate_trained,
         metavar="RUN_OR_FILE",
         help="train nothing: count on data.test with this fine-tuned classifier",
     )

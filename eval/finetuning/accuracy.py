@@ -39,11 +39,11 @@ def count_correct(
         mark("evaluating")
         labels = labels.to(device)
         logits = at_least_float32(logits_of(images.to(device)))
-        found = logits.topk(max(topk), dim=1).indices == labels[:, None]
+        is_label = logits.topk(max(topk), dim=1).indices == labels[:, None]
         sums[0] += len(labels)
         sums[1] += F.cross_entropy(logits, labels, reduction="sum")
         for column, k in enumerate(topk, start=2):
-            sums[column] += found[:, :k].sum()
+            sums[column] += is_label[:, :k].sum()
     if dist.is_initialized():
         dist.all_reduce(sums)
     num_images, loss, *correct = sums.tolist()

@@ -7,12 +7,7 @@ from torch import nn
 from data_ffcv import ImagesInfo, choose_backend
 from eval.finetuning.network import build_classifier, check_start, start
 from eval.finetuning.recipe import LEVEL, FinetuneRecipe
-from eval.finetuning.task import (
-    Finetuning,
-    soft_cross_entropy,
-    test_augmentation,
-    train_augmentation,
-)
+from eval.finetuning.task import Finetuning, soft_cross_entropy, test_augmentation
 from eval.frozen.features import ImageSet, ImageSets
 from mlomae.distributed.start import launched_world_size
 from mlomae.errors import UserError
@@ -21,7 +16,7 @@ from mlomae.training.program import Job, Program
 from mlomae.training.task import count_cycles
 
 
-class Images(NamedTuple):
+class FinetuneImages(NamedTuple):
     """What a recipe's data section names."""
 
     train: ImagesInfo
@@ -36,7 +31,7 @@ class FinetuningProgram(Program[FinetuneRecipe]):
     """
 
     schema = FinetuneRecipe
-    images: Images
+    images: FinetuneImages
 
     def module(self, recipe: FinetuneRecipe, name: str = LEVEL) -> nn.Module:
         """Encoder and head as they are without weights to start from."""
@@ -64,25 +59,21 @@ class FinetuningProgram(Program[FinetuneRecipe]):
         return Finetuning(recipe, level, *self.images, lambda: build_classifier(recipe))
 
 
-def check_images(recipe: FinetuneRecipe) -> Images:
+def check_images(recipe: FinetuneRecipe) -> FinetuneImages:
     """The images of a recipe, if they fit it and each other.
 
     Raises:
         UserError, DataError: they do not; names the key.
     """
     data, level = recipe.data, recipe.finetune
-    images = Images(ImageSets(data.train, data.test).train.info, check_test(recipe))
-    if images.train.num_samples < level.batch_size:
-        raise UserError(
-            f"{LEVEL}.batch_size is {level.batch_size}, but {data.train} has "
-            f"{images.train.num_samples} images: lower it, or give more images"
-        )
+    images = FinetuneImages(ImageSets(data.train, data.test).train.info, check_test(recipe))
+    recipe.check_num_images(images.train.num_samples)
     if recipe.mixup is not None and (each := level.batch_size // launched_world_size()) % 2:
         raise UserError(
             f"mixup mixes pairs, but {LEVEL}.batch_size {level.batch_size} gives each rank {each} "
             "images, an odd number: choose another batch size, or set mixup=null"
         )
-    train_augmentation(recipe).check_fits(images.train)
+    recipe.train_augmentation.check_fits(images.train)
     return images
 
 

@@ -62,18 +62,17 @@ class Finetuning(Task):
     ) -> None:
         super().__init__(recipe, {LEVEL: level}, train.num_samples)
         self.level, self.train, self.test, self.build = level, train, test, build
-        own, rank = recipe.finetune, dist.get_rank()
-        self.mixer = Mixer(
-            recipe.mixup, recipe.data.num_classes, own.label_smoothing, recipe.seed, rank
-        )
-        self.average = None if own.ema_decay is None else WeightAverage(level, own.ema_decay)
+        smoothing, decay = recipe.finetune.label_smoothing, recipe.finetune.ema_decay
+        num_classes, rank = recipe.data.num_classes, dist.get_rank()
+        self.mixer = Mixer(recipe.mixup, num_classes, smoothing, recipe.seed, rank)
+        self.average = None if decay is None else WeightAverage(level, decay)
         self.best: dict[str, tuple[float, float]] = {}
         self.latest: dict[str, float] = {}
 
     def open(self, cycle: int, stack: ExitStack) -> None:
         """Open the stream at the batch of a cycle."""
-        augmentation = train_augmentation(self.recipe)
-        self.open_stream(LEVEL, cycle, stack, self.train.path, augmentation)
+        images = self.train.path, self.recipe.train_augmentation
+        self.open_stream(LEVEL, cycle, stack, *images)
 
     def cycle(self) -> None:
         """Draw, mix, step, and let the average follow."""
@@ -89,10 +88,10 @@ class Finetuning(Task):
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies and loss on the test images, of the last weights and of their average."""
-        found = self._count(LAST, full_weights(self.level, everywhere=True))
+        measured = self._count(LAST, full_weights(self.level, everywhere=True))
         if self.average is not None:
-            found |= self._count(AVERAGE, self.average.weights())
-        return found
+            measured |= self._count(AVERAGE, self.average.weights())
+        return measured
 
     def weights(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The last weights, and their average."""
@@ -136,17 +135,17 @@ class Finetuning(Task):
         return rows
 
     def _count(self, tag: str, weights: dict[str, Tensor]) -> dict[str, float]:
-        """Evaluate whole weights in a network of their own; keep the best accuracy."""
+        """Evaluate whole weights in a new network; keep the best accuracy."""
         with torch.device("meta"):  # drawing initial weights of a ViT-H would take half a minute
             vit = self.build()
         vit.load_state_dict(weights, assign=True)
-        found = count(vit, self.recipe, self.test, self.device, self.level.dtype)
-        self.latest[tag] = found["accuracy"]
+        measured = count(vit, self.recipe, self.test, self.device, self.level.dtype)
+        self.latest[tag] = measured["accuracy"]
         epoch = self.level.num_steps_done / self.cycles_per_epoch
         self.best[tag] = max(
-            self.best.get(tag, (0.0, 0.0)), (found["accuracy"], epoch), key=lambda best: best[0]
+            self.best.get(tag, (0.0, 0.0)), (measured["accuracy"], epoch), key=lambda best: best[0]
         )
-        return {f"{tag}/{name}": value for name, value in found.items() if name != "num_images"}
+        return {f"{tag}/{name}": value for name, value in measured.items() if name != "num_images"}
 
 
 def count(
@@ -182,12 +181,6 @@ def open_test(recipe: FinetuneRecipe, test: ImagesInfo, device: torch.device) ->
         backend=data.backend,
         device=device,
     )
-
-
-def train_augmentation(recipe: FinetuneRecipe) -> Augmentation:
-    """What is done to training images before they are mixed."""
-    own = recipe.finetune.augmentation or recipe.data.augmentation
-    return own.build(recipe.model.image_size)
 
 
 def test_augmentation(recipe: FinetuneRecipe, test: ImagesInfo) -> Augmentation:

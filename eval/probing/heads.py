@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.probing.recipe import ProbeLevelRecipe
+from eval.probing.recipe import LEVEL, ProbeLevelRecipe
 from mlomae.distributed.collectives import sum_over_ranks
 from mlomae.hypergrad.losses import Models
 from mlomae.models.batch_norm import BatchNorm
@@ -57,7 +57,7 @@ def probe_loss(models: Models, batch: tuple[Tensor, Tensor]) -> Tensor:
         batch: standardised features [B, D] and labels [B].
     """
     features, labels = batch
-    logits = models["probe"](features)
+    logits = models[LEVEL](features)
     targets = labels[:, None].expand(-1, logits.shape[2])
     return F.cross_entropy(logits, targets, reduction="none").mean(dim=0).sum()
 

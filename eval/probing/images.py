@@ -53,7 +53,7 @@ def find_images(recipe: ProbeRecipe) -> ProbeImages:
                 "classes, too few to hold some out: give two or more of a class, or another "
                 "protocol"
             )
-    augmentation = (recipe.probe.augmentation or data.augmentation).build(recipe.model.image_size)
+    augmentation = recipe.train_augmentation
     augmentation.check_fits(train)
     images = ProbeImages(train, test, augmentation, trained, held_out)
     if images.num_images < recipe.probe.batch_size:

@@ -4,7 +4,7 @@ import torch
 
 from eval.probing.heads import LinearHeads, head_groups, probe_loss
 from eval.probing.images import ProbeImages, find_images
-from eval.probing.recipe import ProbeRecipe
+from eval.probing.recipe import LEVEL, ProbeRecipe
 from eval.probing.task import LinearProbe
 from mlomae.errors import UserError
 from mlomae.foreign import check_weights, load_weights
@@ -18,7 +18,7 @@ class LinearProbeProgram(Program[ProbeRecipe]):
     """Linear heads on a frozen encoder.
 
     Attributes:
-        images: what `check` found.
+        images: once `check` has looked at them.
     """
 
     schema = ProbeRecipe
@@ -49,12 +49,12 @@ class LinearProbeProgram(Program[ProbeRecipe]):
 
     def build(self, job: Job[ProbeRecipe]) -> LinearProbe:
         """The heads' engine, and the encoder beside it."""
-        recipe, heads = job.recipe, self.module(job.recipe, "probe")
+        recipe, heads = job.recipe, self.module(job.recipe, LEVEL)
         encoder = _build_encoder(recipe)
         expected = recipe.init_from_expected
         loaded = load_weights(encoder, recipe.init_from, expected=expected, parts="encoder")
         level = job.build_level(
-            "probe",
+            LEVEL,
             heads,
             loss=probe_loss,
             num_cycles=count_cycles(recipe, self.images.num_images),

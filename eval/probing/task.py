@@ -14,7 +14,7 @@ from data_ffcv import ImagesInfo, open_eval_loader
 from eval.frozen.features import eval_augmentation
 from eval.probing.heads import LinearHeads, feature_norm, head_accuracies
 from eval.probing.images import ProbeImages
-from eval.probing.recipe import NORM_EPS, ProbeRecipe
+from eval.probing.recipe import LEVEL, NORM_EPS, ProbeRecipe
 from mlomae.checkpoint.folders import MODEL_FILE
 from mlomae.errors import UserError
 from mlomae.foreign.layouts import to_timm
@@ -55,7 +55,7 @@ class LinearProbe(Task):
         files: Sequence[Path],
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(recipe, {"probe": level}, images.num_images)
+        super().__init__(recipe, {LEVEL: level}, images.num_images)
         self.images = images
         self.files = files
         self.encoder = encoder.to(self.device, dtype).eval().requires_grad_(False)
@@ -82,18 +82,18 @@ class LinearProbe(Task):
             )
         images = self.images
         place = images.train.path, images.augmentation
-        self.open_stream("probe", cycle, stack, *place, indices=images.trained)
+        self.open_stream(LEVEL, cycle, stack, *place, indices=images.trained)
 
     def cycle(self) -> None:
         """One step of all heads."""
-        images, labels = self.draw("probe")
+        images, labels = self.draw(LEVEL)
         num_parts = self.recipe.probe.gradient_accumulation_steps
         with self.meters.timed("time/encoder"), torch.no_grad():
             features = torch.cat([self._features(part) for part in images.chunk(num_parts)])
         with self.meters.timed("time/probe_step"):
             parts = (self.norm(features).chunk(num_parts), labels.chunk(num_parts))
-            self.levels["probe"].step(*zip(*parts, strict=True))
-        self.measure("probe")
+            self.levels[LEVEL].step(*zip(*parts, strict=True))
+        self.measure(LEVEL)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy of each head; under held_out the test images are met at the end alone."""
@@ -104,22 +104,22 @@ class LinearProbe(Task):
         is_better = self._latest > self._best
         self._best[is_better] = self._latest[is_better]
         self._best_epoch[is_better] = self._epoch
-        found = self._named("test/accuracy", self._latest)
-        return found | {"test/best_accuracy": float(self._best.max())}
+        measured = self._named("test/accuracy", self._latest)
+        return measured | {"test/best_accuracy": float(self._best.max())}
 
     def _evaluate_held_out(self, heads: LinearHeads) -> dict[str, float]:
         self._latest = self._accuracies(heads, self.images.train, self.images.held_out)
-        found = self._named("held_out/accuracy", self._latest)
-        if self.levels["probe"].num_steps_done == self.num_cycles:
+        measured = self._named("held_out/accuracy", self._latest)
+        if self.levels[LEVEL].num_steps_done == self.num_cycles:
             on_test = self._accuracies(heads, self.images.test)
             self._test_accuracy = float(on_test[self._latest.argmax()])
-            found["test/accuracy"] = self._test_accuracy
-        return found
+            measured["test/accuracy"] = self._test_accuracy
+        return measured
 
     def weights(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Batch norm and heads under MAE-CT's names for a probe's; several heads are numbered."""
         tensors = {f"layer.1.{name}": value for name, value in self._norm_state().items()}
-        for name, value in full_weights(self.levels["probe"]).items():
+        for name, value in full_weights(self.levels[LEVEL]).items():
             _, number, kind = name.split(".")
             place = "layer.2" if len(self.rates) == 1 else f"layer.2.{number}"
             tensors[f"{place}.{kind}"] = value
@@ -173,7 +173,7 @@ class LinearProbe(Task):
 
     @property
     def _epoch(self) -> float:
-        return self.levels["probe"].num_steps_done / self.cycles_per_epoch
+        return self.levels[LEVEL].num_steps_done / self.cycles_per_epoch
 
     def _reported(self) -> tuple[float, int, float]:
         """The protocol's number, the head that it is of, and after which epoch."""
@@ -203,7 +203,7 @@ class LinearProbe(Task):
         sizes = self.encoder.embed_dim, self.recipe.data.num_classes, len(self.rates)
         with torch.device("meta"):  # drawing weights would move the random state
             heads = LinearHeads(*sizes)
-        heads.load_state_dict(full_weights(self.levels["probe"], everywhere=True), assign=True)
+        heads.load_state_dict(full_weights(self.levels[LEVEL], everywhere=True), assign=True)
         return heads.to(self.device)
 
     def _accuracies(

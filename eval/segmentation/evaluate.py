@@ -27,9 +27,9 @@ from mlomae.models.upernet import UperNet
 from mlomae.training.monitor import save_picture
 from mlomae.training.program import Job
 from mlomae.training.report import write_result
+from mlomae.training.result import RESULT_FILE
 
 logger = logging.getLogger(__name__)
-
 
 FOLDER = Path("eval") / "segment"  # below output_dir, of --evaluate
 
@@ -56,7 +56,7 @@ def evaluate_trained(job: Job[SegmentationRecipe], run: str) -> None:
         source = {"evaluation": LEVEL, "weights": str(checkpoint)}
         write_result(folder, source | describe(recipe, test, scores) | tagged(scores))
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in tagged(scores).items())
-        logger.info("%s  (%s)", numbers, folder / "result.json")
+        logger.info("%s  (%s)", numbers, folder / RESULT_FILE)
 
 
 def load_trained(network: UperNet, run: str) -> Path:
@@ -67,18 +67,21 @@ def load_trained(network: UperNet, run: str) -> Path:
     """
     checkpoint = find_checkpoint(run)
     try:
-        given = join_weights(*(load_file(checkpoint / name) for name in (MODEL_FILE, HEAD_FILE)))
+        weights = join_weights(*(load_file(checkpoint / name) for name in (MODEL_FILE, HEAD_FILE)))
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{checkpoint} cannot be read ({reason}): give a run of eval/segment.py"
         ) from None
-    shapes, own = ({n: tuple(t.shape) for n, t in w.items()} for w in (given, network.state_dict()))
-    for name in own | shapes:
-        if shapes.get(name) != own.get(name):
+    shapes, needed = (
+        {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for state in (weights, network.state_dict())
+    )
+    for name in needed | shapes:
+        if shapes.get(name) != needed.get(name):
             raise UserError(
                 f"{checkpoint} has {name} of shape {shapes.get(name)} and the recipe's network "
-                f"{own.get(name)}: give the recipe's model, head and data the values of its run"
+                f"{needed.get(name)}: give the recipe's model, head and data the values of its run"
             )
-    network.load_state_dict(given)
+    network.load_state_dict(weights)
     return checkpoint

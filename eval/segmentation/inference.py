@@ -37,13 +37,13 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> class of each pixel, int64 [H, W], on the device."""
-        own = self.recipe.inference
-        scaled = scale_image(image, own.resize)
-        tensor = normalise(scaled, self.recipe.data.mean, self.recipe.data.std).to(self.device)
-        if own.mode == "slide":
-            logits = slide(self.network, tensor, self.recipe.model.image_size, self.recipe.stride)
+        recipe = self.recipe
+        scaled = scale_image(image, recipe.inference.resize)
+        tensor = normalise(scaled, recipe.data.mean, recipe.data.std).to(self.device)
+        if recipe.inference.mode == "slide":
+            logits = slide(self.network, tensor, recipe.model.image_size, recipe.stride)
         else:
-            logits = whole(self.network, tensor, self.recipe.model.patch_size)
+            logits = whole(self.network, tensor, recipe.model.patch_size)
         return argmax_at(logits, image.shape[:2])
 
 

@@ -37,8 +37,9 @@ class SegmentationScores(NamedTuple):
 
     Attributes:
         mIoU: mean IoU of the classes that occur in a mask or in a prediction.
-        mAcc: mean share of a class's pixels that were found, over the classes that occur in a mask.
-        aAcc: share of all counted pixels that were found.
+        mAcc: mean share of a class's pixels that are predicted right, over the classes that occur
+            in a mask.
+        aAcc: share of all counted pixels that are predicted right.
         iou: of each class; None for one that occurs nowhere, which the mean leaves out.
     """
 
@@ -60,13 +61,13 @@ class SegmentationScores(NamedTuple):
 def score(confusion: Tensor) -> SegmentationScores:
     """Scores of a confusion matrix [classes, predictions]; a mean of nothing is 0."""
     counts = confusion.double()
-    found, labelled, predicted = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
-    union = labelled + predicted - found
-    iou, accuracy = found / union, found / labelled
+    correct, labelled, predicted = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
+    union = labelled + predicted - correct
+    iou, accuracy = correct / union, correct / labelled
     return SegmentationScores(
         mIoU=_mean(iou[union > 0]),
         mAcc=_mean(accuracy[labelled > 0]),
-        aAcc=float(found.sum() / labelled.sum().clamp(min=1)),
+        aAcc=float(correct.sum() / labelled.sum().clamp(min=1)),
         iou=tuple(float(v) if u > 0 else None for v, u in zip(iou, union, strict=True)),
     )
 

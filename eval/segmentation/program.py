@@ -9,7 +9,7 @@ from data_ffcv.inspect import count_pixels
 from eval.frozen.features import check_class_names
 from eval.segmentation.metrics import IGNORED
 from eval.segmentation.recipe import LEVEL, SegmentationRecipe
-from eval.segmentation.task import ENCODER, SegmentationLoss, SegmentationTask, train_augmentation
+from eval.segmentation.task import ENCODER, SegmentationLoss, SegmentationTask
 from mlomae.errors import UserError
 from mlomae.models.upernet import UperNet
 from mlomae.training.layer_decay import layer_decay_groups
@@ -18,7 +18,7 @@ from mlomae.training.task import count_cycles
 from mlomae.training.vit import build_vit, check_encoder, load_encoder, warn_of_other_pixels
 
 
-class Images(NamedTuple):
+class SegmentationImages(NamedTuple):
     """What a recipe's data section names."""
 
     train: BetonInfo
@@ -33,7 +33,7 @@ class SegmentationProgram(Program[SegmentationRecipe]):
     """
 
     schema = SegmentationRecipe
-    images: Images
+    images: SegmentationImages
 
     def module(self, recipe: SegmentationRecipe, name: str = LEVEL) -> UperNet:
         """The network as it is without weights to start from."""
@@ -49,31 +49,32 @@ class SegmentationProgram(Program[SegmentationRecipe]):
 
     def build(self, job: Job[SegmentationRecipe]) -> SegmentationTask:
         """The engine, filled with the initial weights."""
-        recipe, own = job.recipe, job.recipe.segmentation
+        recipe = job.recipe
         network = build_network(recipe) if job.is_continued else initial_network(recipe)
+        section = recipe.segmentation
         level = job.build_level(
             LEVEL,
             network,
             loss=SegmentationLoss(recipe.head.auxiliary_weight),
             num_cycles=count_cycles(recipe, self.images.train.num_samples),
-            param_groups=layer_decay_groups(network, own, own.layer_decay, ENCODER),
+            param_groups=layer_decay_groups(network, section, section.layer_decay, ENCODER),
         )
         return SegmentationTask(recipe, level, *self.images, lambda: build_network(recipe))
 
 
 def build_network(recipe: SegmentationRecipe) -> UperNet:
     """An untrained network: MAE's initial values in the encoder, PyTorch's elsewhere."""
-    own = recipe.head
+    head = recipe.head
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         vit = build_vit(recipe.model, init_values=recipe.model.layer_scale, dynamic_img_size=True)
         return UperNet(
             vit,
             recipe.data.num_classes,
-            preset=own.preset,
-            channels=own.channels,
-            auxiliary=own.auxiliary_weight > 0,
-            dropout=own.dropout,
+            preset=head.preset,
+            channels=head.channels,
+            auxiliary=head.auxiliary_weight > 0,
+            dropout=head.dropout,
         )
 
 
@@ -90,23 +91,19 @@ def initial_network(recipe: SegmentationRecipe) -> UperNet:
     return network
 
 
-def check_images(recipe: SegmentationRecipe) -> Images:
+def check_images(recipe: SegmentationRecipe) -> SegmentationImages:
     """The images of a recipe, if they fit it.
 
     Raises:
         UserError, DataError: they do not; names the key.
     """
-    data, level = recipe.data, recipe.segmentation
+    data = recipe.data
     train, test = check_masks(recipe, "train"), check_masks(recipe, "test")
     check_class_names(train, test, f"data.train {data.train}", f"data.test {data.test}")
-    if train.num_samples < level.batch_size:
-        raise UserError(
-            f"{LEVEL}.batch_size is {level.batch_size}, but {data.train} has {train.num_samples} "
-            "images: lower it, or give more images"
-        )
+    recipe.check_num_images(train.num_samples)
     choose_backend(data.backend, data.test)
-    train_augmentation(recipe).check_fits(train)
-    return Images(train, test)
+    recipe.train_augmentation.check_fits(train)
+    return SegmentationImages(train, test)
 
 
 def check_masks(recipe: SegmentationRecipe, key: str) -> BetonInfo:

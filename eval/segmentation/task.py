@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from data_ffcv import Augmentation, BetonInfo, WholeImages
+from data_ffcv import BetonInfo, WholeImages
 from eval.segmentation.inference import Predictor
 from eval.segmentation.metrics import IGNORED, ConfusionMatrix, SegmentationScores, score
 from eval.segmentation.pictures import palette, segmentation_picture
@@ -82,8 +82,8 @@ class SegmentationTask(Task):
 
     def open(self, cycle: int, stack: ExitStack) -> None:
         """Open the stream at the batch of a cycle."""
-        augmentation = train_augmentation(self.recipe)
-        self.open_stream(LEVEL, cycle, stack, self.train.path, augmentation)
+        images = self.train.path, self.recipe.train_augmentation
+        self.open_stream(LEVEL, cycle, stack, *images)
 
     def cycle(self) -> None:
         """Draw, and step."""
@@ -122,12 +122,13 @@ class SegmentationTask(Task):
 
     def report(self) -> list[tuple[str, str]]:
         """The test images, how they were segmented, and the IoU of each class."""
-        own = self.recipe.inference
-        how = f"{own.mode}, shorter side {own.resize or 'as it is'}"
+        inference = self.recipe.inference
+        how = f"{inference.mode}, shorter side {inference.resize or 'as it is'}"
+        stride = f", stride {self.recipe.stride}" if inference.mode == "slide" else ""
         rows = [
             ("test images", f"{self.test.path} ({self.test.num_samples})"),
             ("head", f"UperNet {self.recipe.head.preset}"),
-            ("inference", how + (f", stride {self.recipe.stride}" if own.mode == "slide" else "")),
+            ("inference", how + stride),
         ]
         if self.scores is not None and self.test.num_classes <= _LARGEST_REPORT:
             for name, value in self.scores.by_name(self.test.classes).items():
@@ -136,7 +137,7 @@ class SegmentationTask(Task):
         return rows
 
     def _network(self) -> UperNet:
-        """The whole weights in a network of their own: ranks may pass unlike numbers of windows.
+        """The whole weights in a new network: ranks may pass unlike numbers of windows.
 
         All ranks must call.
         """
@@ -182,12 +183,13 @@ def describe(
     recipe: SegmentationRecipe, test: BetonInfo, scores: SegmentationScores | None
 ) -> dict[str, Any]:
     """What a result file says besides the three numbers."""
-    own = recipe.inference
+    inference = recipe.inference
+    stride = {"stride": recipe.stride} if inference.mode == "slide" else {}
     described: dict[str, Any] = {
         "test": str(test.path),
         "num_test_images": test.num_samples,
         "num_classes": test.num_classes,
-        "inference": own.model_dump() | ({"stride": recipe.stride} if own.mode == "slide" else {}),
+        "inference": inference.model_dump() | stride,
         "colours": palette(test.num_classes)[: test.num_classes].tolist(),
     }
     if scores is not None:
@@ -220,9 +222,3 @@ def split_weights(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def join_weights(encoder: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `split_weights`."""
     return {f"{ENCODER}{name}": tensor for name, tensor in encoder.items()} | rest
-
-
-def train_augmentation(recipe: SegmentationRecipe) -> Augmentation:
-    """What is done to training images and their masks."""
-    own = recipe.segmentation.augmentation or recipe.data.augmentation
-    return own.build(recipe.model.image_size)

@@ -179,18 +179,12 @@ def plan_views(recipe: Any) -> tuple[ImagesInfo, tuple[Augmentation, Augmentatio
         raise UserError(
             f"data.train {recipe.data.train} holds masks: give a file with class labels"
         )
-    ((name, level),) = recipe.levels.items()
-    if info.num_samples < level.batch_size:
-        raise UserError(
-            f"{name}.batch_size is {level.batch_size}, but {recipe.data.train} has "
-            f"{info.num_samples} images: lower it, or give more images"
-        )
-    first = level.augmentation or recipe.data.augmentation
-    second = level.second_augmentation or first
-    views = tuple(view.build(recipe.model.image_size) for view in (first, second))
-    for view in views:
+    recipe.check_num_images(info.num_samples)
+    first, other = recipe.train_augmentation, recipe.level.second_augmentation
+    second = first if other is None else other.build(recipe.model.image_size)
+    for view in (first, second):
         view.check_fits(info)
-    return info, views
+    return info, (first, second)
 
 
 def untrained_vit(recipe: HeadRun | TuneRun) -> VisionTransformer:

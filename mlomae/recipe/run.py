@@ -6,6 +6,7 @@ from pydantic import NonNegativeInt, PositiveFloat, model_validator
 from typing_extensions import Self
 
 from data_ffcv import Augmentation
+from mlomae.errors import UserError
 from mlomae.recipe.images import ImagesRecipe
 from mlomae.recipe.levels import CheckpointRecipe, LevelRecipe, MonitorRecipe
 from mlomae.recipe.model import EncoderRecipe
@@ -82,6 +83,18 @@ class SingleLevelRecipe(RunRecipe):
         """What is done to the training images."""
         section = self.level.augmentation or self.data.augmentation
         return section.build(self.model.image_size)
+
+    def check_num_images(self, num_images: int) -> None:
+        """Refuse fewer training images than a batch has.
+
+        Raises:
+            UserError: names the key.
+        """
+        if num_images < self.level.batch_size:
+            raise UserError(
+                f"{self.level_name}.batch_size is {self.level.batch_size}, but {self.data.train} "
+                f"has {num_images} images: lower it, or give more images"
+            )
 
     @model_validator(mode="after")
     def _check_level(self) -> Self:

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -21,11 +21,14 @@ from mlomae.distributed.start import (
 )
 from mlomae.distributed.watchdog import EX_TEMPFAIL
 from mlomae.errors import UserError
+from mlomae.recipe import RunRecipe
 from mlomae.training.engines import NonFiniteError
-from mlomae.training.program import Program, check_job, make_job, run_job
+from mlomae.training.program import Job, Program, check_job, make_job, run_job
 from mlomae.training.trainer import Stopped
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=RunRecipe)
 
 
 def run_program(program: Program[Any], description: str, argv: Sequence[str] | None = None) -> int:
@@ -36,6 +39,37 @@ def run_program(program: Program[Any], description: str, argv: Sequence[str] | N
     )
 
 
+def train_or_evaluate(
+    program: Program[R],
+    description: str,
+    argv: Sequence[str] | None,
+    evaluate: Callable[[Job[R], str], None],
+    *,
+    metavar: str,
+    help: str,
+) -> int:
+    """Train as `run_program` does or, with `--evaluate`, count with what was trained before.
+
+    Args:
+        evaluate: counts with the weights that the flag names. All ranks call it.
+        metavar, help: of the flag.
+    """
+
+    def add_evaluate(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--evaluate", metavar=metavar, help=help)
+
+    arguments, overrides = parse_arguments(description, argv, add_evaluate)
+    files = arguments.recipe, arguments.deepspeed_config
+    if arguments.evaluate is None:
+        return launch(program, *files, arguments.resume, overrides)
+
+    def work() -> None:
+        _refuse_beside_evaluate(arguments)
+        evaluate(make_job(program.schema, *files, overrides=overrides), arguments.evaluate)
+
+    return exit_code(work)
+
+
 def parse_arguments(
     description: str,
     argv: Sequence[str] | None = None,
@@ -44,7 +78,7 @@ def parse_arguments(
     """The flags of a training program, and the overrides of its recipe.
 
     Args:
-        add: adds flags of the program's own.
+        add: adds the flags that this program alone has.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -72,16 +106,16 @@ def parse_arguments(
     add(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value")
     arguments = parser.parse_intermixed_args(argv)
-    given = [
+    weights = [
         f"{key}={json.dumps(values)}"
         for key in ("init_from", "init_from_expected")
         if (values := getattr(arguments, key))
     ]
-    return arguments, given + arguments.overrides
+    return arguments, weights + arguments.overrides
 
 
-def refuse_beside_evaluate(arguments: argparse.Namespace) -> None:
-    """Refuse flags that only training heeds, beside a program's own `--evaluate`.
+def _refuse_beside_evaluate(arguments: argparse.Namespace) -> None:
+    """Refuse flags that only training heeds, beside `--evaluate`.
 
     Raises:
         UserError: names the flag.

@@ -1,7 +1,6 @@
 """What a finished run leaves besides weights: summary.json, result.json and a one-page report."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ from mlomae.checkpoint.files import replace_text
 from mlomae.environment import versions
 from mlomae.recipe import RunRecipe
 from mlomae.training.monitor import read_metrics
+from mlomae.training.result import REPORT_FILE, RESULT_FILE, format_number, table
 from mlomae.training.task import Task
 
-SUMMARY_FILE, RESULT_FILE, REPORT_FILE = "summary.json", "result.json", "report.md"
+SUMMARY_FILE = "summary.json"
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write what an examination found, and how."""
+    """Write what an evaluation measured, and how."""
     (folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -43,8 +43,8 @@ def write_report(
         ("training time", f"{summary['seconds']:.0f} s"),
         ("images per second", f"{summary['images_per_second']:.0f}"),
     ]
-    found = last_losses(folder) | evaluation
-    numbers = [(name, format_number(name, value)) for name, value in found.items()]
+    measured = last_losses(folder) | evaluation
+    numbers = [(name, format_number(name, value)) for name, value in measured.items()]
     page = [
         f"# {folder.name}: {recipe.method}",
         table(("run", ""), run + task.report()),
@@ -62,15 +62,3 @@ def last_losses(folder: Path) -> dict[str, float]:
     shown = ("/loss", "accuracy")
     last = records[-1] if records else {}
     return {name: value for name, value in last.items() if name.endswith(shown)}
-
-
-def format_number(name: str, value: float) -> str:
-    """Accuracies and means of IoU in per cent, everything else with six digits."""
-    is_share = "accuracy" in name or name.endswith(("/mIoU", "/mAcc", "/aAcc"))
-    return f"{100 * value:.2f} %" if is_share else f"{value:.6g}"
-
-
-def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

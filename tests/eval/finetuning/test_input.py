@@ -15,6 +15,7 @@ from data_ffcv.convert import convert
 from eval import finetune
 from eval.finetuning import evaluate
 from eval.finetuning.network import build_classifier
+from eval.finetuning.recipe import FinetuneRecipe
 from mlomae.recipe import load_recipe
 from mlomae.training import command_line
 
@@ -117,14 +118,14 @@ def test_weights_without_an_encoder(refused: Any, tmp_path: Path) -> None:
 
 
 def test_an_encoder_of_another_size(refused: Any, tmp_path: Path) -> None:
-    recipe = load_recipe(tmp_path / "recipe.yaml", finetune.FinetuneRecipe, ["model.embed_dim=32"])
+    recipe = load_recipe(tmp_path / "recipe.yaml", FinetuneRecipe, ["model.embed_dim=32"])
     save_file(build_classifier(recipe).state_dict(), tmp_path / "wide.safetensors")
     assert "embed_dim" in refused("--init_from", str(tmp_path / "wide.safetensors"))
 
 
 def test_what_is_evaluated_must_be_a_classifier(refused: Any, tmp_path: Path) -> None:
     def save(*changes: str) -> str:
-        recipe = load_recipe(tmp_path / "recipe.yaml", finetune.FinetuneRecipe, changes)
+        recipe = load_recipe(tmp_path / "recipe.yaml", FinetuneRecipe, changes)
         save_file(build_classifier(recipe).state_dict(), tmp_path / "weights.safetensors")
         return str(tmp_path / "weights.safetensors")
 

@@ -274,8 +274,7 @@ def test_evaluates_the_given_weights_without_drawing_others(
     task = Finetuning.__new__(Finetuning)
     task.recipe, task.best, task.latest, task.cycles_per_epoch = recipe, {}, {}, 4.0
     task.test = task.device = None  # type: ignore[assignment]
-    level = SimpleNamespace(dtype=torch.float32)
-    task.level = SimpleNamespace(num_steps=8, level=level)  # type: ignore[assignment]
+    task.level = SimpleNamespace(num_steps_done=8, dtype=torch.float32)  # type: ignore[assignment]
     built, counted = [], []
 
     def build() -> torch.nn.Module:
