@@ -5,4 +5,4 @@ On frozen features, which are encoded once and kept on disk: `knn`, `low_shot`, 
 `linear_probe`, `finetune` and `segment` train: they are runs with recipes.
 """
 
-import mlomae  # noqa: F401  (first: it mends torchvision beside a CPU build of torch)
+import mlomae  # noqa: F401  (first: it fixes torchvision beside a CPU build of torch)

@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_ffcv import split_by_class
-from eval.frozen import cli
-from eval.frozen import flags as _flags
+from eval.frozen import cli, flags
 from eval.frozen.features import EncodedSets, ImageSets
-from eval.frozen.processes import rank
+from mlomae.distributed.collectives import rank
 from mlomae.errors import UserError
 
 _HELD_OUT_RATIO = 0.1
@@ -56,7 +55,7 @@ class ProbeSettings:
     """Decides the held-out images, the initial weights and the order of the images."""
 
 
-class LinearHeads(nn.Module):
+class NormedHeads(nn.Module):
     """Several linear classifiers behind one batch norm without affine parameters."""
 
     def __init__(
@@ -93,7 +92,7 @@ class LinearHeads(nn.Module):
 class CachedProbe:
     """A trained probe and how its learning rate was chosen."""
 
-    heads: LinearHeads
+    heads: NormedHeads
     """The one head trained on all training images."""
     base_lr: float
     """The chosen rate."""
@@ -136,7 +135,7 @@ def _train(
     base_lrs: tuple[float, ...],
     settings: ProbeSettings,
     rows: Tensor | None = None,
-) -> LinearHeads:
+) -> NormedHeads:
     """Train one head per learning rate on the same batches.
 
     SGD, momentum 0.9, no weight decay, linear warm-up over a tenth of the steps, cosine to zero.
@@ -144,7 +143,7 @@ def _train(
     """
     rows = torch.arange(len(features), device=features.device) if rows is None else rows
     generator = torch.Generator().manual_seed(settings.seed)
-    heads = LinearHeads(features.shape[1], num_classes, len(base_lrs), generator)
+    heads = NormedHeads(features.shape[1], num_classes, len(base_lrs), generator)
     heads.to(features.device).train()
     batch_size = min(settings.batch_size, len(rows))
     num_used = len(rows) // batch_size * batch_size  # an epoch's incomplete batch is left out
@@ -208,28 +207,28 @@ def _run(args: argparse.Namespace) -> None:
     sets = ImageSets(args.train, args.test, args.num_train_images)
     _check(sets.train.labels, settings)
 
-    def examine(job: cli.Job) -> dict[str, Any]:
-        data = job.encode(sets)
+    def measure(evaluation: cli.Evaluation) -> dict[str, Any]:
+        data = evaluation.encode(sets)
         if rank() != 0:
             return {}
-        return {**cli.describe(data), **evaluate(data, settings, job.device)}
+        return {**cli.describe(data), **evaluate(data, settings, evaluation.device)}
 
-    cli.evaluate_encoder(args, "cached_probe", examine, _PROTOCOL)
+    cli.evaluate_encoder(args, "cached_probe", measure, _PROTOCOL)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = _flags.build_parser("eval/cached_probe.py", __doc__)
-    _flags.add_features_argument(parser)
-    _flags.add_train_argument(parser)
-    _flags.add_num_train_argument(parser)
+    parser = flags.build_parser("eval/cached_probe.py", __doc__)
+    flags.add_features_argument(parser)
+    flags.add_train_argument(parser)
+    flags.add_num_train_argument(parser)
     default = ProbeSettings()
     parser.add_argument(
-        "--base_lrs", type=_flags.positive_float, nargs="+", default=default.base_lrs, metavar="LR"
+        "--base_lrs", type=flags.positive_float, nargs="+", default=default.base_lrs, metavar="LR"
     )
-    parser.add_argument("--epochs", type=_flags.positive_int, default=default.epochs)
-    parser.add_argument("--batch_size", type=_flags.positive_int, default=default.batch_size)
-    parser.add_argument("--seed", type=_flags.non_negative_int, default=default.seed)
+    parser.add_argument("--epochs", type=flags.positive_int, default=default.epochs)
+    parser.add_argument("--batch_size", type=flags.positive_int, default=default.batch_size)
+    parser.add_argument("--seed", type=flags.non_negative_int, default=default.seed)
     return cli.run(parser, argv, _run)
 
 

@@ -24,12 +24,12 @@ from sklearn.metrics import (
 )
 from sklearn.metrics.cluster import contingency_matrix
 
-from eval.frozen import cli
-from eval.frozen import flags as _flags
+from eval.frozen import cli, flags
 from eval.frozen.features import ImageSet, LabelledFeatures
 from eval.frozen.kmeans import kmeans
 from eval.frozen.preprocess import Standardizer
-from eval.frozen.processes import rank, sum_over_ranks, tracked, world_size
+from eval.frozen.processes import sum_in_float64, tracked
+from mlomae.distributed.collectives import rank, world_size
 from mlomae.errors import UserError
 
 METRICS = ("accuracy", "nmi", "ami", "ari")
@@ -99,12 +99,11 @@ def evaluate(
     table = torch.zeros(settings.num_restarts, 1 + len(METRICS), dtype=torch.float64)
     for i in tracked(range(rank(), settings.num_restarts, world_size()), "restarts"):
         seed, limit = settings.seed + i, settings.max_iterations
-        found = kmeans(features, num_clusters, seed=seed, max_iterations=limit)
-        scores = agreement(found.clusters.cpu().numpy(), labels)
-        table[i] = torch.tensor(
-            [found.inertia, *(scores[name] for name in METRICS)], dtype=torch.float64
-        )
-    table = sum_over_ranks(table)
+        clustering = kmeans(features, num_clusters, seed=seed, max_iterations=limit)
+        scores = agreement(clustering.clusters.cpu().numpy(), labels)
+        numbers = [clustering.inertia, *(scores[name] for name in METRICS)]
+        table[i] = torch.tensor(numbers, dtype=torch.float64)
+    table = sum_in_float64(table)
     best, mean = table[table[:, 0].argmin()].tolist(), table.mean(dim=0).tolist()
     columns = list(enumerate(METRICS, start=1))
     return {
@@ -116,25 +115,25 @@ def evaluate(
     }
 
 
-def read_classes(told: str) -> tuple[str, ...]:
+def read_classes(source: str) -> tuple[str, ...]:
     """The class names of a file, one a line, or of a published list by its name.
 
     Raises:
         UserError: it is neither.
     """
-    if told in CLASS_LISTS:
-        return CLASS_LISTS[told]
+    if source in CLASS_LISTS:
+        return CLASS_LISTS[source]
     try:
-        names = [line.split() for line in Path(told).read_text(encoding="utf-8").splitlines()]
+        names = [line.split() for line in Path(source).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         known = " or ".join(CLASS_LISTS)
         raise UserError(
-            f"--classes {told} cannot be read ({error}): give a text file, or {known}"
+            f"--classes {source} cannot be read ({error}): give a text file, or {known}"
         ) from None
     return tuple(line[0] for line in names if line)
 
 
-def restrict(images: ImageSet, classes: tuple[str, ...], told: str) -> None:
+def restrict(images: ImageSet, classes: tuple[str, ...], source: str) -> None:
     """Keep the images of some classes.
 
     Raises:
@@ -142,7 +141,7 @@ def restrict(images: ImageSet, classes: tuple[str, ...], told: str) -> None:
     """
     info = images.info
     if unknown := [name for name in classes if name not in info.classes]:
-        raise UserError(f"--classes {told} has {unknown[0]}, which is no class of {info.path}")
+        raise UserError(f"--classes {source} has {unknown[0]}, which is no class of {info.path}")
     wanted = [info.classes.index(name) for name in classes]
     images.indices = np.flatnonzero(np.isin(info.labels, wanted))
 
@@ -172,28 +171,27 @@ def _run(args: argparse.Namespace) -> None:
             "clusters: lower --num_clusters, or change --classes"
         )
 
-    def examine(job: cli.Job) -> dict[str, Any]:
-        found = evaluate(images.encode(job.encoder, job.features, job.device), settings, job.device)
-        return {"num_test_images": len(images), "num_classes": num_classes, **found}
+    def measure(evaluation: cli.Evaluation) -> dict[str, Any]:
+        features = images.encode(evaluation.encoder, evaluation.features, evaluation.device)
+        measured = evaluate(features, settings, evaluation.device)
+        return {"num_test_images": len(images), "num_classes": num_classes, **measured}
 
-    cli.evaluate_encoder(args, "clustering", examine, _PROTOCOL)
+    cli.evaluate_encoder(args, "clustering", measure, _PROTOCOL)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = _flags.build_parser("eval/clustering.py", __doc__)
-    _flags.add_features_argument(parser)
+    parser = flags.build_parser("eval/clustering.py", __doc__)
+    flags.add_features_argument(parser)
     default = ClusteringSettings()
     parser.add_argument(
         "--classes",
         metavar="FILE",
         help=f"a file of class names, one a line, or {' or '.join(CLASS_LISTS)} (default: all)",
     )
-    parser.add_argument("--num_clusters", type=_flags.positive_int, help="default: of the classes")
-    parser.add_argument("--num_restarts", type=_flags.positive_int, default=default.num_restarts)
-    parser.add_argument(
-        "--max_iterations", type=_flags.positive_int, default=default.max_iterations
-    )
+    parser.add_argument("--num_clusters", type=flags.positive_int, help="default: of the classes")
+    parser.add_argument("--num_restarts", type=flags.positive_int, default=default.num_restarts)
+    parser.add_argument("--max_iterations", type=flags.positive_int, default=default.max_iterations)
     for flag, what in (("normalize", "L2-normalise features"), ("standardize", "standardise them")):
         parser.add_argument(
             f"--{flag}",
@@ -201,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             default=getattr(default, flag),
             help=what,
         )
-    parser.add_argument("--seed", type=_flags.non_negative_int, default=default.seed)
+    parser.add_argument("--seed", type=flags.non_negative_int, default=default.seed)
     return cli.run(parser, argv, _run)
 
 

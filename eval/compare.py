@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from eval import cached_probe, knn
-from eval.frozen import cli
-from eval.frozen import flags as _flags
+from eval.frozen import cli, flags
 from eval.frozen import result as _result
 from eval.frozen.encoders import Encoder, of_run
 from eval.frozen.features import ImageSets
-from eval.frozen.processes import rank
+from mlomae.distributed.collectives import rank
 from mlomae.errors import UserError
 
 
@@ -97,11 +96,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "checkpoints", nargs="*", type=Path, metavar="RUN", help="run or checkpoint folders"
     )
-    _flags.add_weights_arguments(parser, parser)
-    _flags.add_train_argument(parser)
-    _flags.add_num_train_argument(parser)
-    _flags.add_test_argument(parser)
-    _flags.add_features_argument(parser)
+    flags.add_weights_arguments(parser, parser)
+    flags.add_train_argument(parser)
+    flags.add_num_train_argument(parser)
+    flags.add_test_argument(parser)
+    flags.add_features_argument(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of the launcher
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON result")
     return cli.run(parser, argv, _run)

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.frozen import cli
-from eval.frozen import flags as _flags
+from eval.frozen import cli, flags
 from eval.frozen.features import EncodedSets, ImageSets
 from eval.frozen.preprocess import Standardizer
-from eval.frozen.processes import rank, sum_over_ranks, world_size
+from eval.frozen.processes import sum_in_float64
+from mlomae.distributed.collectives import rank, world_size
 from mlomae.errors import UserError
 
 Weighting = Literal["exponential", "uniform"]
@@ -147,7 +147,7 @@ def evaluate(
     how.pop("standardize")
     predictions = knn_predict(bank, data.train.labels, queries, num_classes=data.num_classes, **how)
     correct = predictions.cpu() == data.test.labels[share]
-    accuracy = float(sum_over_ranks(correct.sum())) / len(data.test.labels)
+    accuracy = float(sum_in_float64(correct.sum())) / len(data.test.labels)
     return {"accuracy": accuracy, "settings": asdict(settings)}
 
 
@@ -156,22 +156,22 @@ def _run(args: argparse.Namespace) -> None:
     sets = ImageSets(args.train, args.test, args.num_train_images)
     _check_k(settings.k, len(sets.train))
 
-    def examine(job: cli.Job) -> dict[str, Any]:
-        data = job.encode(sets)
-        return {**cli.describe(data), **evaluate(data, settings, job.device)}
+    def measure(evaluation: cli.Evaluation) -> dict[str, Any]:
+        data = evaluation.encode(sets)
+        return {**cli.describe(data), **evaluate(data, settings, evaluation.device)}
 
-    cli.evaluate_encoder(args, "knn", examine, _PROTOCOL)
+    cli.evaluate_encoder(args, "knn", measure, _PROTOCOL)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = _flags.build_parser("eval/knn.py", __doc__)
-    _flags.add_features_argument(parser)
-    _flags.add_train_argument(parser)
-    _flags.add_num_train_argument(parser)
+    parser = flags.build_parser("eval/knn.py", __doc__)
+    flags.add_features_argument(parser)
+    flags.add_train_argument(parser)
+    flags.add_num_train_argument(parser)
     default = KnnSettings()
-    parser.add_argument("--k", type=_flags.positive_int, default=default.k)
-    parser.add_argument("--temperature", type=_flags.positive_float, default=default.temperature)
+    parser.add_argument("--k", type=flags.positive_int, default=default.k)
+    parser.add_argument("--temperature", type=flags.positive_float, default=default.temperature)
     parser.add_argument(
         "--weighting", choices=("exponential", "uniform"), default=default.weighting
     )

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.frozen import cli
-from eval.frozen import flags as _flags
+from eval.frozen import cli, flags
 from eval.frozen.features import EncodedSets, ImageSets, LabelledFeatures
 from eval.frozen.preprocess import centre_rows
-from eval.frozen.processes import rank, sum_over_ranks, tracked, world_size
+from eval.frozen.processes import sum_in_float64, tracked
 from eval.frozen.regression import fit_regression
 from eval.frozen.splits import draw_fraction, draw_per_class, read_lists
+from mlomae.distributed.collectives import rank, world_size
 from mlomae.errors import UserError
 
 _PROTOCOL = """
@@ -100,7 +100,7 @@ def evaluate(
         table[i] = torch.tensor(
             _fit(data, splits[kind][number], settings, device), dtype=torch.float64
         )
-    rows = dict(zip(every, sum_over_ranks(table).tolist(), strict=True))
+    rows = dict(zip(every, sum_in_float64(table).tolist(), strict=True))
     result: dict[str, Any] = {}
     for kind, chosen in splits.items():
         accuracies = torch.tensor(
@@ -109,12 +109,12 @@ def evaluate(
         result[f"accuracy_{kind}"] = accuracies.mean().item()
         if len(chosen) > 1:
             result[f"accuracy_{kind}_std"] = accuracies.std().item()
-    told = [
+    regressions = [
         {"kind": kind, "num_images": len(splits[kind][i]), "accuracy": accuracy,
          "num_passes": int(num_passes), "gap": gap}
         for (kind, i), (accuracy, num_passes, gap) in rows.items()
     ]  # fmt: skip
-    return {**result, "splits": told, "settings": asdict(settings)}
+    return {**result, "splits": regressions, "settings": asdict(settings)}
 
 
 def _fit(
@@ -159,38 +159,38 @@ def _run(args: argparse.Namespace) -> None:
         for kind, some in splits.items()
     }
 
-    def examine(job: cli.Job) -> dict[str, Any]:
-        data = job.encode(sets)
-        found = evaluate(data, rows, settings, job.device)
+    def measure(evaluation: cli.Evaluation) -> dict[str, Any]:
+        data = evaluation.encode(sets)
+        measured = evaluate(data, rows, settings, evaluation.device)
         lists = {"split_list": [str(file) for file in args.split_list or ()]}
-        return {**cli.describe(data), **lists, **found}
+        return {**cli.describe(data), **lists, **measured}
 
-    cli.evaluate_encoder(args, "low_shot", examine, _PROTOCOL)
+    cli.evaluate_encoder(args, "low_shot", measure, _PROTOCOL)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = _flags.build_parser("eval/low_shot.py", __doc__)
-    _flags.add_features_argument(parser)
-    _flags.add_train_argument(parser)
+    parser = flags.build_parser("eval/low_shot.py", __doc__)
+    flags.add_features_argument(parser)
+    flags.add_train_argument(parser)
     default = LowShotSettings()
     parser.add_argument(
-        "--num_per_class", type=_flags.positive_int, nargs="*", default=default.num_per_class,
+        "--num_per_class", type=flags.positive_int, nargs="*", default=default.num_per_class,
         metavar="N", help="images of each class; none for no such splits",
     )  # fmt: skip
     parser.add_argument(
-        "--fractions", type=_flags.fraction, nargs="*", default=default.fractions,
+        "--fractions", type=flags.fraction, nargs="*", default=default.fractions,
         metavar="SHARE", help="shares of the training images; none for no such splits",
     )  # fmt: skip
     parser.add_argument(
         "--split_list", type=Path, nargs="+", metavar="FILE",
         help="published lists of file names instead, each a split; --train must be a folder",
     )  # fmt: skip
-    parser.add_argument("--num_splits", type=_flags.positive_int, default=default.num_splits)
-    parser.add_argument("--seed", type=_flags.non_negative_int, default=default.seed)
-    parser.add_argument("--penalty", type=_flags.positive_float, default=default.penalty)
-    parser.add_argument("--max_passes", type=_flags.positive_int, default=default.max_passes)
-    parser.add_argument("--tolerance", type=_flags.positive_float, default=default.tolerance)
+    parser.add_argument("--num_splits", type=flags.positive_int, default=default.num_splits)
+    parser.add_argument("--seed", type=flags.non_negative_int, default=default.seed)
+    parser.add_argument("--penalty", type=flags.positive_float, default=default.penalty)
+    parser.add_argument("--max_passes", type=flags.positive_int, default=default.max_passes)
+    parser.add_argument("--tolerance", type=flags.positive_float, default=default.tolerance)
     return cli.run(parser, argv, _run)
 
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.frozen import cli
-from eval.frozen import flags as _flags
+from eval.frozen import cli, flags
 from eval.frozen.encoders import PRETRAINING, Encoder
 from eval.frozen.features import BATCH_SIZE, ImageSet
-from eval.frozen.processes import rank, sum_over_ranks, tracked, world_size
+from eval.frozen.processes import sum_in_float64, tracked
 from mlomae.checkpoint.folders import MASKING_FILE, RECIPE_FILE
+from mlomae.distributed.collectives import rank, world_size
 from mlomae.errors import UserError
 from mlomae.models import MaskedAutoencoder, Scorer, random_scores
 from mlomae.models.mae import num_kept
@@ -81,18 +81,18 @@ def reconstruction_error(
     model = encoder.model
     num_keep = num_kept(model.num_patches, mask_ratio)
     sums = torch.zeros(3, dtype=torch.float64)
-    for number, batch in _own_batches(encoder, images, device):
+    for number, batch in _share_of_batches(encoder, images, device):
         out = model(batch, scorer=masks(number), num_keep=num_keep)
         hidden = out["mask"].bool()
         pixels = _pixel_error(model, batch, out["prediction"], encoder.std)
         values = [out["patch_loss"][hidden].sum(), pixels[hidden].sum(), hidden.sum()]
         sums += torch.stack([value.double().cpu() for value in values])
-    patch, pixel, count = sum_over_ranks(sums).tolist()
+    patch, pixel, count = sum_in_float64(sums).tolist()
     errors = {"patch_error": patch / count}
     return errors if model.norm_pix_loss else errors | {"pixel_error": pixel / count}
 
 
-def _own_batches(
+def _share_of_batches(
     encoder: Encoder, images: ImageSet, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
     """This rank's share of the batches (number, images); the batches are those of one rank."""
@@ -131,9 +131,12 @@ def draw(
 
 
 def _evaluate(
-    job: cli.Job, images: ImageSet, network: nn.Module | None, settings: ReconstructionSettings
+    evaluation: cli.Evaluation,
+    images: ImageSet,
+    network: nn.Module | None,
+    settings: ReconstructionSettings,
 ) -> dict[str, Any]:
-    model = job.encoder.model.to(job.device).eval()
+    model = evaluation.encoder.model.to(evaluation.device).eval()
     result: dict[str, Any] = {
         "num_test_images": len(images),
         "norm_pix_loss": model.norm_pix_loss,
@@ -141,14 +144,16 @@ def _evaluate(
     }
     kinds = {"random": random_masks(settings.seed)}
     if network is not None:
-        learned = network.to(job.device, model.cls_token.dtype)
+        learned = network.to(evaluation.device, model.cls_token.dtype)
         kinds["learned"] = lambda number: learned
     for kind, masks in kinds.items():
-        errors = reconstruction_error(job.encoder, images, masks, settings.mask_ratio, job.device)
+        errors = reconstruction_error(
+            evaluation.encoder, images, masks, settings.mask_ratio, evaluation.device
+        )
         result |= {f"{name}_{kind}": value for name, value in errors.items()}
         if settings.num_pictures and rank() == 0:
-            picture = draw(job.encoder, images, masks, settings, job.device)
-            save_picture(picture, str(job.output_dir / f"{kind}.png"))
+            picture = draw(evaluation.encoder, images, masks, settings, evaluation.device)
+            save_picture(picture, str(evaluation.output_dir / f"{kind}.png"))
     return {**result, "settings": asdict(settings)}
 
 
@@ -157,17 +162,17 @@ def _run(args: argparse.Namespace) -> None:
     if args.checkpoint and args.norm_pix_loss is not None:
         raise UserError("--norm_pix_loss is for --init_from, and a run has its recipe: remove it")
 
-    def examine(job: cli.Job) -> dict[str, Any]:
-        model = job.encoder.model
+    def measure(evaluation: cli.Evaluation) -> dict[str, Any]:
+        model = evaluation.encoder.model
         if args.norm_pix_loss is not None:
             model.norm_pix_loss = args.norm_pix_loss
-        network, told = _masking_of(job.encoder)
-        ratio = args.mask_ratio or told or model.mask_ratio
+        network, last_ratio = _masking_of(evaluation.encoder)
+        ratio = args.mask_ratio or last_ratio or model.mask_ratio
         _check_ratio(model, ratio)
         settings = ReconstructionSettings(ratio, args.seed, args.num_pictures)
-        return _evaluate(job, images, network, settings)
+        return _evaluate(evaluation, images, network, settings)
 
-    cli.evaluate_encoder(args, "reconstruct", examine, _PROTOCOL, with_decoder=True)
+    cli.evaluate_encoder(args, "reconstruct", measure, _PROTOCOL, with_decoder=True)
 
 
 def _masking_of(encoder: Encoder) -> tuple[nn.Module | None, float | None]:
@@ -191,10 +196,10 @@ def _check_ratio(model: MaskedAutoencoder, ratio: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = _flags.build_parser("eval/reconstruct.py", __doc__)
+    parser = flags.build_parser("eval/reconstruct.py", __doc__)
     parser.add_argument(
         "--mask_ratio",
-        type=_flags.fraction,
+        type=flags.fraction,
         metavar="SHARE",
         help="share of hidden patches (default: the run's last one, 0.75 for other weights)",
     )
@@ -204,10 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         help="with --init_from: whether they were trained on normalised patches (default: yes)",
     )
     default = ReconstructionSettings(0.75)
-    parser.add_argument("--seed", type=_flags.non_negative_int, default=default.seed)
-    parser.add_argument(
-        "--num_pictures", type=_flags.non_negative_int, default=default.num_pictures
-    )
+    parser.add_argument("--seed", type=flags.non_negative_int, default=default.seed)
+    parser.add_argument("--num_pictures", type=flags.non_negative_int, default=default.num_pictures)
     return cli.run(parser, argv, _run)
 
 

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 
 from data_ffcv import DataError
-from eval.frozen import processes as _processes
-from eval.frozen import result as _result
 from eval.frozen.encoders import Encoder, of_run, of_weights
 from eval.frozen.features import EncodedSets, ImageSets
 from eval.frozen.flag_recipe import parse_with_recipe
 from eval.frozen.flags import PRECISIONS
+from eval.frozen.processes import is_launched, joined
+from eval.frozen.result import make_folder, refuse_run_folder, show, write_result
+from mlomae.distributed.collectives import rank, world_size
+from mlomae.environment import describe_machine
 from mlomae.errors import UserError
 
 STOPPED = 130  # what a shell says of a program that Ctrl-C ended
 
 
 @dataclass(frozen=True)
-class Job:
+class Evaluation:
     """One evaluation of one encoder.
 
     Attributes:
@@ -73,7 +75,7 @@ def default_device() -> torch.device:
 def evaluate_encoder(
     args: argparse.Namespace,
     name: str,
-    evaluate: Callable[[Job], dict[str, Any]],
+    evaluate: Callable[[Evaluation], dict[str, Any]],
     protocol: str,
     *,
     with_decoder: bool = False,
@@ -97,25 +99,25 @@ def evaluate_encoder(
     folder = args.output_dir or _default_folder(args, name)
     kept = getattr(args, "features", None)
     features = kept or (folder if args.output_dir else folder.parent) / "features"
-    _result.refuse_run_folder(folder, "--output_dir")
-    _result.make_folder(folder, "--output_dir")
-    found = evaluate(Job(encoder, default_device(), features, folder))
-    if _processes.rank() != 0:
+    refuse_run_folder(folder, "--output_dir")
+    make_folder(folder, "--output_dir")
+    measured = evaluate(Evaluation(encoder, default_device(), features, folder))
+    if rank() != 0:
         return
     result = {
         "evaluation": name,
         "encoder": encoder.name,
         **encoder.source,
         **{key: getattr(args, key) for key in ("train", "test") if hasattr(args, key)},
-        **found,
+        **measured,
         "precision": args.precision,
-        "num_ranks": _processes.world_size(),
+        "num_ranks": world_size(),
         "command": args.command,
-        "machine": _result.machine(),
+        "machine": describe_machine(),
         "seconds": round(time.perf_counter() - start, 3),
     }
-    _result.write_result(folder, result, protocol)
-    _result.show(result, folder)
+    write_result(folder, result, protocol)
+    show(result, folder)
 
 
 def _encoder(args: argparse.Namespace, with_decoder: bool) -> Encoder:
@@ -162,10 +164,10 @@ def run(
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = parse_with_recipe(parser, argv)
-        with _processes.joined():
-            starter = "deepspeed" if _processes.world_size() > 1 else "python"
-            told = [text for text in argv if not text.startswith("--local_rank")]
-            args.command = shlex.join([starter, parser.prog, *told])
+        with joined():
+            starter = "deepspeed" if world_size() > 1 else "python"
+            flags = [text for text in argv if not text.startswith("--local_rank")]
+            args.command = shlex.join([starter, parser.prog, *flags])
             command(args)
     except (UserError, DataError) as error:
         _report(error)
@@ -177,7 +179,7 @@ def run(
 
 
 def _report(error: Exception) -> None:
-    if _processes.is_launched():
+    if is_launched():
         from mlomae.distributed.start import report  # late: it loads DeepSpeed
 
         report(error)

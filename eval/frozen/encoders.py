@@ -1,4 +1,4 @@
-"""The encoders that can be evaluated: of a run, or of anybody's weights."""
+"""The encoders that can be evaluated: of a run, or of other pretrained weights."""
 
 import hashlib
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Encoder:
 
     Attributes:
         name: the run's method, `untrained` (`initial` where training began with other weights), or
-            the layout of foreign weights.
+            the layout of other weights.
         source: what it was read from and how, as a result file says it.
         model: features come from its encoder; the decoder may be untrained.
         mean, std: of each channel, pixel values in [0, 1].
@@ -101,7 +101,7 @@ def of_weights(
     expected: Sequence[str] = (),
     with_decoder: bool = False,
 ) -> Encoder:
-    """The encoder of anybody's weights, in the architecture that their shapes tell.
+    """The encoder of other weights than a run's, in the architecture that their shapes give.
 
     Mean and standard deviation of the images are those of the file beside the weights, ImageNet's
     where there is none.
@@ -110,7 +110,7 @@ def of_weights(
         paths: files or folders as `mlomae.foreign` reads them.
         image_size: another than they were trained at; positions are interpolated.
         global_pool: `token` or `avg`; None for what the file beside the weights says, else `token`.
-        num_heads: attention heads, where neither the width nor a file beside the weights tells.
+        num_heads: attention heads, where neither the width nor a file beside the weights says.
         expected: globs of names that may be missing or left over.
         with_decoder: read the decoder as well.
 
@@ -125,8 +125,8 @@ def of_weights(
             f"{weights.file} is for images of {architecture['in_chans']} channels, and these have "
             "3: give other weights"
         )
-    told = {"global_pool": "token", "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | weights.config
-    model = MaskedAutoencoder(**architecture, global_pool=global_pool or told["global_pool"])
+    settings = {"global_pool": "token", "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | weights.config
+    model = MaskedAutoencoder(**architecture, global_pool=global_pool or settings["global_pool"])
     load_weights(model, paths, expected=expected, parts="all" if with_decoder else "encoder")
     source = {
         "init_from": [str(path) for path in paths],
@@ -134,11 +134,11 @@ def of_weights(
         "image_size": model.image_size,
         "num_heads": model.num_heads,
         "global_pool": model.global_pool,
-        "mean": told["mean"],
-        "std": told["std"],
+        "mean": settings["mean"],
+        "std": settings["std"],
     }
-    name = told.get("method", weights.layout)
-    return Encoder(name, source, model, told["mean"], told["std"])
+    name = settings.get("method", weights.layout)
+    return Encoder(name, source, model, settings["mean"], settings["std"])
 
 
 def _read_together(paths: Sequence[str | Path]) -> Weights:

@@ -1,4 +1,4 @@
-"""Features of whole images: what the frozen encoder says about a training and a test file."""
+"""Features of whole images: what the frozen encoder makes of a training and a test file."""
 
 import hashlib
 import os
@@ -21,8 +21,9 @@ from data_ffcv import (
 )
 from data_ffcv.sources import open_source
 from eval.frozen.encoders import Encoder
-from eval.frozen.processes import all_agree, barrier, rank, tracked, world_size
+from eval.frozen.processes import all_agree, barrier, tracked
 from eval.frozen.store import Features, FeatureStore
+from mlomae.distributed.collectives import rank, world_size
 from mlomae.distributed.watchdog import mark
 from mlomae.errors import UserError
 
@@ -219,8 +220,8 @@ def _version(info: ImagesInfo) -> str:
     # An image that is overwritten leaves its folder's time as it was, so each one is asked.
     source = open_source("imagefolder", info.path)
     names = (source.name(number) for number in range(info.num_samples))
-    told = [(os.path.relpath(name, info.path), _file_version(name)) for name in names]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    versions = [(os.path.relpath(name, info.path), _file_version(name)) for name in names]
+    return hashlib.sha256(repr(versions).encode()).hexdigest()
 
 
 def _file_version(path: str | Path) -> str:
@@ -251,9 +252,9 @@ def check_class_names(train: ImagesInfo, test: ImagesInfo, train_name: str, test
     Raises:
         UserError: names the first class that differs.
     """
-    for mine, other in zip(train.classes, test.classes, strict=True):
-        if mine != other:
+    for ours, theirs in zip(train.classes, test.classes, strict=True):
+        if ours != theirs:
             raise UserError(
-                f"the class '{mine}' of {train_name} is '{other}' in {test_name}: give two sets "
+                f"the class '{ours}' of {train_name} is '{theirs}' in {test_name}: give two sets "
                 "with the same classes"
             )

@@ -94,7 +94,7 @@ def build_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser, encoder: Any) -> None:
-    """Add the flags that name other weights than a run's, `--init_from` to a group of its own."""
+    """Add the flags that name other weights than a run's, `--init_from` to another group."""
     encoder.add_argument(
         "--init_from",
         action="append",

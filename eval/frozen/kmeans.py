@@ -17,7 +17,7 @@ class Clustering:
 
     Attributes:
         clusters: int64 [n], on the features' device.
-        inertia: sum of the squared distances to the own centre.
+        inertia: sum of the squared distances of images to the centres of their clusters.
     """
 
     clusters: Tensor
@@ -29,7 +29,7 @@ def kmeans(
 ) -> Clustering:
     """Partition rows into clusters of small variance.
 
-    A cluster that loses all its images takes the image that is farthest from its own centre.
+    A cluster that loses all its images takes the image that is farthest from its centre.
 
     Args:
         features: float32 [n, D], n at least `num_clusters`.

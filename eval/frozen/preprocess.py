@@ -36,5 +36,5 @@ class Standardizer(NamedTuple):
 
 
 def centre_rows(features: Tensor) -> Tensor:
-    """Each row [D] without its own mean, L2-normalised: MSN's step before its regression."""
+    """Each row [D] without its mean, L2-normalised: MSN's step before its regression."""
     return F.normalize(features - features.mean(dim=1, keepdim=True), dim=1)

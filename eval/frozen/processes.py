@@ -10,6 +10,8 @@ import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
 
+from mlomae.distributed.collectives import rank, world_size
+
 T = TypeVar("T")
 
 
@@ -24,9 +26,7 @@ def joined() -> Iterator[None]:
     if not is_launched() or dist.is_initialized():
         yield
         return
-    from mlomae.distributed.start import (
-        start_ranks,  # late: it loads DeepSpeed, which one process never needs
-    )
+    from mlomae.distributed.start import start_ranks  # late: it loads DeepSpeed
 
     start_ranks()
     try:
@@ -35,23 +35,13 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def rank() -> int:
-    """This process among all."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def barrier() -> None:
     """Wait for all ranks. All ranks must call."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def sum_in_float64(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, float64 on the CPU. All ranks must call."""
     values = values.double()
     if dist.is_initialized():
@@ -63,7 +53,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def all_agree(here: bool) -> bool:
     """Whether something holds on every rank. All ranks must call."""
-    return int(sum_over_ranks(torch.tensor(float(here)))) == world_size()
+    return int(sum_in_float64(torch.tensor(float(here)))) == world_size()
 
 
 def tracked(work: Iterable[T], title: str) -> Iterable[T]:

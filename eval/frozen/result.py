@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mlomae.checkpoint.folders import RECIPE_FILE
-from mlomae.environment import describe_machine
 from mlomae.errors import UserError
+from mlomae.training.result import REPORT_FILE, RESULT_FILE, format_number, table
 
-RESULT_FILE, REPORT_FILE, METRICS_FILE = "result.json", "report.md", "metrics.jsonl"
-_ROOT = Path(__file__).resolve().parents[2]
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -66,11 +64,13 @@ def write_result(folder: Path, result: dict[str, Any], protocol: str) -> None:
     """
     write_json(folder / RESULT_FILE, result)
     (folder / REPORT_FILE).write_text(render_report(result, protocol), encoding="utf-8")
+    from torch.utils.tensorboard import SummaryWriter  # late, both: it takes a second to load
+
+    from mlomae.training.monitor import METRICS_FILE
+
     numbers = {f"eval/{result['evaluation']}/{k}": v for k, v in measured(result).items()}
     step = checkpoint_step(result)
     (folder / METRICS_FILE).write_text(json.dumps({"step": step, **numbers}) + "\n")
-    from torch.utils.tensorboard import SummaryWriter  # late: it takes a second to load
-
     with SummaryWriter(str(folder), purge_step=0) as writer:
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
@@ -93,10 +93,10 @@ def render_report(result: Mapping[str, Any], protocol: str) -> str:
     shown = {k: v for k, v in result.items() if _is_plain(v) and k not in _IN_SECTIONS}
     sections = [
         f"# {result['evaluation']} of {encoder_of(result)}",
-        _table(("measured", ""), ((k, format_number(k, v)) for k, v in measured(result).items())),
+        table(("measured", ""), ((k, format_number(k, v)) for k, v in measured(result).items())),
         protocol.strip(),
-        _table(("what", ""), ((k, _one_line(v)) for k, v in shown.items())),
-        _table(("setting", ""), ((k, _one_line(v)) for k, v in result["settings"].items())),
+        table(("what", ""), ((k, _one_line(v)) for k, v in shown.items())),
+        table(("setting", ""), ((k, _one_line(v)) for k, v in result["settings"].items())),
         f"```\n{result['command']}\n```",
         "\n".join(f"- {line}" for line in [*result["machine"], f"{result['seconds']:.1f} s"]),
     ]
@@ -112,31 +112,16 @@ def encoder_of(result: Mapping[str, Any]) -> str:
     return f"{result['encoder']} ({source})"
 
 
-def format_number(name: str, value: float) -> str:
-    """Accuracies in per cent, everything else with six digits."""
-    return f"{100 * value:.2f} %" if name.startswith("accuracy") else f"{value:.6g}"
-
-
-def machine() -> list[str]:
-    """Hardware, versions, and the commit of a clone."""
-    return describe_machine(_ROOT)
-
-
 def show(result: Mapping[str, Any], folder: Path) -> None:
     """Print the numbers, and where the result is."""
-    table = Table(f"{result['evaluation']} of {encoder_of(result)}", "")
-    table.columns[0].overflow = "fold"
+    shown = Table(f"{result['evaluation']} of {encoder_of(result)}", "")
+    shown.columns[0].overflow = "fold"
     for name, value in measured(result).items():
-        table.add_row(name, format_number(name, value))
-    table.add_row("seconds", f"{result['seconds']:.1f}")
+        shown.add_row(name, format_number(name, value))
+    shown.add_row("seconds", f"{result['seconds']:.1f}")
     console = Console()
-    console.print(table)
+    console.print(shown)
     console.print(f"result: {folder / RESULT_FILE}", highlight=False, soft_wrap=True)
-
-
-def _table(header: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    lines = [header, ("---", "---"), *rows]
-    return "\n".join(f"| {name} | {value} |" for name, value in lines)
 
 
 def _is_plain(value: Any) -> bool:

@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from eval.cached_probe import (
-    LinearHeads,
+    NormedHeads,
     ProbeSettings,
     _check,
     _decay,
@@ -82,7 +82,7 @@ def test_heads_trained_together_equal_heads_trained_alone():
     together = _train(*tensors(train), 4, (0.03, 0.3), settings)
 
     generator = torch.Generator().manual_seed(settings.seed)
-    start = LinearHeads(16, 4, 2, generator)  # consumes the generator as the grid does
+    start = NormedHeads(16, 4, 2, generator)  # consumes the generator as the grid does
     heads = [torch.nn.Linear(16, 4) for _ in range(2)]
     optimizers = []
     for i, head in enumerate(heads):
