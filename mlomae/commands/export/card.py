@@ -10,6 +10,8 @@ from mlomae.foreign.layouts import DECODER_NAMES
 from mlomae.models import MaskedAutoencoder
 from mlomae.pretraining.recipe import Recipe
 from mlomae.training.monitor import METRICS_FILE, read_metrics
+from mlomae.training.report import SUMMARY_FILE
+from mlomae.training.result import RESULT_FILE, table_row
 
 LIBRARIES = {"timm": "timm", "hf": "transformers", "safetensors": "mlomae", "onnx": "onnx"}
 CONTENTS = {
@@ -109,21 +111,21 @@ def read_measurements(checkpoint: Path) -> dict[str, Any]:
     state = _read_json(checkpoint / "state.json") or {}
     cycle = state.get("progress", {}).get("cycle", float("inf"))
     measured: dict[str, Any] = {"checkpoint": checkpoint.name}
-    summary = _read_json(run / "summary.json")
+    summary = _read_json(run / SUMMARY_FILE)
     steps = state.get("levels", {}).get("pretrain", {}).get("num_steps")
     if summary is not None and steps in (None, summary.get("pretrain_steps")):
         measured["summary"] = summary
     records = read_metrics(run) if (run / METRICS_FILE).is_file() else []
     if records := [record for record in records if record["cycle"] <= cycle]:
         measured["last_record"] = records[-1]
-    files = sorted((run / "eval").rglob("result.json"))
+    files = sorted((run / "eval").rglob(RESULT_FILE))
     results = {str(f.parent.relative_to(run / "eval")): _read_json(f) for f in files}
     evaluations = {name: r for name, r in results.items() if _is_of(checkpoint, r)}
     return measured | ({"evaluations": evaluations} if evaluations else {})
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The run that a checkpoint belongs to; a folder of weights that was moved is its own."""
+    """The run that a checkpoint belongs to; a folder of weights that was moved stands for it."""
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
@@ -193,14 +195,15 @@ def _table(exported: Exported, measured: dict[str, Any]) -> str:
         "initialised from": ", ".join(f"`{file.name}`" for file in recipe.init_from)
         or "random weights",
     }
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+    return "\n".join(["| | |", "|---|---|", *map(table_row, rows.items())])
 
 
 def _results(measured: dict[str, Any]) -> list[str]:
     """The section of the evaluations, if there were any."""
     rows = [
-        f"| {name} | {100 * result['accuracy']:.2f} % | {result.get('num_test_images', '')} |"
+        table_row(
+            [name, f"{100 * result['accuracy']:.2f} %", str(result.get("num_test_images", ""))]
+        )
         for name, result in measured.get("evaluations", {}).items()
         if isinstance(result.get("accuracy"), float)
     ]

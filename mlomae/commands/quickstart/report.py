@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlomae.training.result import table_row
+
 _NAMES = {
     "mlo_mae": "MLO-MAE (learned masks)",
     "mae": "MAE (random masks)",
@@ -81,7 +83,7 @@ def _table(facts: Facts) -> str:
                 f"{run.seconds:.0f} s",
                 f"{run.images_per_second:.0f}",
             ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(cells))
     row = facts.results[0]
     lines += [
         "",
