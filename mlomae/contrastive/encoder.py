@@ -20,9 +20,10 @@ class LowerEncoder(nn.Module):
 
     def __init__(self, vit: VisionTransformer, num_blocks: int) -> None:
         super().__init__()
+        assert vit.cls_token is not None and vit.pos_embed is not None
         self.patch_embed = vit.patch_embed
         self.cls_token, self.pos_embed = vit.cls_token, vit.pos_embed
-        self.blocks = nn.Sequential(*vit.blocks[:num_blocks])
+        self.blocks = nn.Sequential(*list(vit.blocks)[:num_blocks])
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -30,7 +31,8 @@ class LowerEncoder(nn.Module):
         """[B, C, H, W] -> tokens [B, 1 + N, D], class token first."""
         patches = self.patch_embed(images.to(self.cls_token.dtype))
         cls_token = self.cls_token.expand(len(patches), -1, -1)
-        return self.blocks(torch.cat([cls_token, patches], dim=1) + self.pos_embed)
+        tokens: Tensor = self.blocks(torch.cat([cls_token, patches], dim=1) + self.pos_embed)
+        return tokens
 
     def train(self, mode: bool = True) -> "LowerEncoder":
         """Nothing: it never trains."""
@@ -72,7 +74,8 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> pooled features [B, D]."""
-        return self.upper(self.lower(images))
+        features: Tensor = self.upper(self.lower(images))
+        return features
 
 
 class TunedEncoder(nn.Module):
@@ -86,7 +89,8 @@ class TunedEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Embedded:
         """Tokens [V, B, 1 + N, D] of V views. All ranks must call, with batches of one size."""
         features = self.encoder(tokens.flatten(0, 1))
-        return self.head(features.unflatten(0, tokens.shape[:2]))
+        embedded: Embedded = self.head(features.unflatten(0, tokens.shape[:2]))
+        return embedded
 
 
 def tuned_param_groups(

@@ -52,7 +52,7 @@ def read_head(recipe: TuneRun) -> dict[str, Tensor]:
         if state[name].shape != shape:
             raise UserError(
                 f"head_from {path} does not fit the recipe: {name} is {[*state[name].shape]} there "
-                f"and {[*shape]} in the recipe's head: mend the sizes in model and nnclr"
+                f"and {[*shape]} in the recipe's head: fix the sizes in model and nnclr"
             )
     return state
 

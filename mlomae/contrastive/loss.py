@@ -37,7 +37,7 @@ class NnclrLoss:
         name: of the level.
         top_k: a neighbour is drawn uniformly among so many; 1 takes the nearest.
         seed: of the draw.
-        target: makes z of the features; None for the level's own projector.
+        target: makes z of the features; None for the level's projector.
 
     Attributes:
         targets: z [2, B, dim] of the latest batch.
@@ -84,7 +84,7 @@ class NnclrLoss:
         hits = self.queue.labels[index[:, 0]] == batch.labels.repeat(2)
         self.accuracy = hits.float().mean()
         chosen = index.gather(1, self._draw(batch)[:, None])[:, 0]
-        return self.queue.take(chosen).unflatten(0, (2, -1))
+        return torch.unflatten(self.queue.take(chosen), 0, (2, -1))
 
     def _draw(self, batch: TwoViews) -> Tensor:
         """Which of a sample's neighbours, [2 B]: a function of seed, step and place in the batch.

@@ -35,7 +35,7 @@ class Queue:
         self._is_sharded = sharded and world_size() > 1
         generator = torch.Generator().manual_seed(hashed(seed, size, dim))
         start = F.normalize(torch.randn(size, dim, generator=generator), dim=1)
-        self._vectors = self._own(start).to(device, copy=True)
+        self._vectors = self._shard(start).to(device, copy=True)
         self.labels = torch.full((size,), -1, device=device)
         self.ids = torch.full((size,), -1, device=device)
         self.pointer = 0
@@ -45,14 +45,14 @@ class Queue:
         """The number of this rank's first vector."""
         return rank() * (self.size // world_size()) if self._is_sharded else 0
 
-    def _own(self, whole: Tensor) -> Tensor:
+    def _shard(self, whole: Tensor) -> Tensor:
         """This rank's part of something that has an entry for each vector."""
         return whole.chunk(world_size())[rank()] if self._is_sharded else whole
 
     def nearest(self, queries: Tensor, ids: Tensor, k: int) -> Tensor:
         """Numbers of the k most similar vectors, the most similar first.
 
-        Vectors of a query's own sample count as opposite to it. All ranks must call, with as many
+        Vectors of the query's sample count as opposite to it. All ranks must call, with as many
         queries.
 
         Args:
@@ -67,14 +67,14 @@ class Queue:
         similarity, index = self._nearest_here(
             gather_over_ranks(queries), gather_over_ranks(ids), min(k, len(self._vectors))
         )
-        similarity, index = (_by_query(found) for found in (similarity, index))
+        similarity, index = (_by_query(part) for part in (similarity, index))
         best = similarity.topk(k, dim=1).indices
         return index.gather(1, best)
 
     def _nearest_here(self, queries: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Similarities and numbers [n, k] of the best among this rank's vectors."""
         similarity = queries @ self._vectors.T
-        similarity.masked_fill_(ids[:, None] == self._own(self.ids), -1.0)
+        similarity.masked_fill_(ids[:, None] == self._shard(self.ids), -1.0)
         similarity, index = similarity.topk(k, dim=1)
         return similarity, index + self._first
 
@@ -83,10 +83,10 @@ class Queue:
         if not self._is_sharded:
             return self._vectors[index]
         wanted = gather_over_ranks(index) - self._first
-        is_own = (wanted >= 0) & (wanted < len(self._vectors))
-        found = self._vectors[wanted.clamp(0, len(self._vectors) - 1)] * is_own[:, None]
-        dist.all_reduce(found)  # all but one rank add zeros, so this sum is exact
-        return found.chunk(world_size())[rank()]
+        is_here = (wanted >= 0) & (wanted < len(self._vectors))
+        vectors = self._vectors[wanted.clamp(0, len(self._vectors) - 1)] * is_here[:, None]
+        dist.all_reduce(vectors)  # all but one rank add zeros, so this sum is exact
+        return vectors.chunk(world_size())[rank()]
 
     def push(self, vectors: Tensor, labels: Tensor, ids: Tensor) -> None:
         """Write the batches of all ranks over the oldest entries. All ranks must call.
@@ -95,12 +95,12 @@ class Queue:
             vectors: unit vectors of this rank, [n, dim].
             labels, ids: int64 [n].
         """
-        vectors, labels, ids = (gather_over_ranks(own) for own in (vectors, labels, ids))
+        vectors, labels, ids = (gather_over_ranks(part) for part in (vectors, labels, ids))
         place = torch.arange(self.pointer, self.pointer + len(ids), device=self.device) % self.size
         self.labels[place], self.ids[place] = labels, ids
         place = place - self._first
-        is_own = (place >= 0) & (place < len(self._vectors))
-        self._vectors[place[is_own]] = vectors[is_own].to(self._vectors.dtype)
+        is_here = (place >= 0) & (place < len(self._vectors))
+        self._vectors[place[is_here]] = vectors[is_here].to(self._vectors.dtype)
         self.pointer = (self.pointer + len(ids)) % self.size
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ class Queue:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue with what `state_dict` gave, on any number of ranks, or with a published one."""
-        self._vectors.copy_(self._own(state["queue"]))
+        self._vectors.copy_(self._shard(state["queue"]))
         self.labels.copy_(state["queue_y"])
         self.ids.copy_(state["queue_id"])
         self.pointer = int(state["queue_ptr"])
@@ -127,18 +127,18 @@ class Queue:
         return state if self._layout_is_sharded else {"queue": self._vectors, **state}
 
     def rank_state(self) -> dict[str, Tensor]:
-        """What this rank has of its own."""
+        """What this rank alone has."""
         return {"queue": self._vectors} if self._layout_is_sharded else {}
 
-    def load_state(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    def load_state(self, shared: Mapping[str, Tensor], of_rank: Mapping[str, Tensor]) -> None:
         """Take back what `shared_state` and `rank_state` gave."""
-        self._vectors.copy_((own if self._layout_is_sharded else shared)["queue"])
+        self._vectors.copy_((of_rank if self._layout_is_sharded else shared)["queue"])
         self.labels.copy_(shared["queue_y"])
         self.ids.copy_(shared["queue_id"])
         self.pointer = int(shared["queue_ptr"])
 
 
-def _by_query(found: Tensor) -> Tensor:
-    """What this rank found for the queries of all, [R n, k] -> all ranks' for its own, [n, R k]."""
-    ranks = gather_over_ranks(found[None]).chunk(world_size(), dim=1)[rank()]  # [R, n, k]
+def _by_query(part: Tensor) -> Tensor:
+    """This rank's results for all queries, [R n, k] -> all ranks' for its queries, [n, R k]."""
+    ranks = gather_over_ranks(part[None]).chunk(world_size(), dim=1)[rank()]  # [R, n, k]
     return ranks.transpose(0, 1).flatten(1)

@@ -1,6 +1,6 @@
 """The recipes of MAE-CT: that of all three steps, and those of the second and the third."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     NonNegativeFloat,
@@ -34,6 +34,8 @@ from mlomae.recipe.section import (
     Section,
     UpToOne,
 )
+
+R = TypeVar("R", bound=Section)
 
 STEPS = ("pretrain", "head", "tune")
 
@@ -178,7 +180,7 @@ class TuneStep(TuneRecipe):
 
 
 class MaeCtRecipe(Section):
-    """All three steps; each runs in a folder of its own below output_dir."""
+    """All three steps; each runs in a folder below output_dir."""
 
     method: Literal["mae_ct"]
     """Pretrain an autoencoder, train a head on it, tune its upper half."""
@@ -262,7 +264,7 @@ class MaeCtRecipe(Section):
         return self
 
 
-def _build(schema: type[Any], values: dict[str, Any]) -> Any:
+def _build(schema: type[R], values: dict[str, Any]) -> R:
     """A step's recipe; its sections are called as those of the whole, so errors name the same."""
     try:
         return schema.model_validate(values)

@@ -28,11 +28,12 @@ class TargetProjector:
     @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, projection_dim], with the statistics of the batch of all ranks."""
-        return self._module(features)
+        projections: Tensor = self._module(features)
+        return projections
 
     @torch.no_grad()
     def update(self, projector: Mapping[str, Tensor]) -> None:
-        """Draw the average towards the projector, given as its state."""
+        """Draw the average towards the projector, whose state this is."""
         for name, average in self._average.named_parameters():
             average.lerp_(projector[name].to(average), 1 - self.decay)
         for name, buffer in self._average.named_buffers():

@@ -21,12 +21,18 @@ def rank() -> int:
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, differentiable. All ranks must call."""
-    return tensor if world_size() == 1 else _SumOverRanks.apply(tensor)
+    if world_size() == 1:
+        return tensor
+    total: Tensor = _SumOverRanks.apply(tensor)  # type: ignore[no-untyped-call]
+    return total
 
 
 def gather_over_ranks(tensor: Tensor) -> Tensor:
     """[B, ...] -> [world_size * B, ...] of all ranks, differentiable. All ranks must call."""
-    return tensor if world_size() == 1 else _GatherOverRanks.apply(tensor)
+    if world_size() == 1:
+        return tensor
+    whole: Tensor = _GatherOverRanks.apply(tensor)  # type: ignore[no-untyped-call]
+    return whole
 
 
 class _SumOverRanks(torch.autograd.Function):

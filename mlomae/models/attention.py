@@ -111,11 +111,12 @@ class Attention(nn.Module):
             self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         )
         mixed = attention(query, key, value, self.backend)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return result
 
 
 # Compiled code takes the answer for a constant: nothing in here breaks a graph.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(
     backend: str, is_dual: bool, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> str:
@@ -127,7 +128,7 @@ def _choose(
         return "math"
     if backend in ("sdpa", "math"):
         return backend
-    if not torch.backends.cuda.flash_sdp_enabled():
+    if not torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
         # By sdpa_kernel(...), for a second backward pass; sdpa heeds it by itself.
         _say(f"attention {backend}: sdpa where PyTorch's own flash kernels are switched off")
         return "sdpa"
@@ -152,7 +153,8 @@ def _is_dual(*tensors: Tensor) -> bool:
     # Compiled code has no tangents: who wants them runs it eagerly, see torch.compiler.set_stance.
     if torch.compiler.is_compiling():
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    duals = (forward_ad.unpack_dual(t) for t in tensors)  # type: ignore[no-untyped-call]
+    return any(dual.tangent is not None for dual in duals)
 
 
 def _flash_attn_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -187,9 +189,10 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
     rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    mixed = flash_attn_func(*rows).transpose(1, 2)
-    # Compiled code is never differentiated twice: torch refuses.
-    return mixed if torch.compiler.is_compiling() else _OnceDifferentiable.apply(mixed)
+    mixed: Tensor = flash_attn_func(*rows).transpose(1, 2)
+    if not torch.compiler.is_compiling():  # torch itself refuses to differentiate that twice
+        mixed = _OnceDifferentiable.apply(mixed)  # type: ignore[no-untyped-call]
+    return mixed
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -56,7 +56,7 @@ class NnclrHead(nn.Module):
 
     def forward(self, features: Tensor) -> Embedded:
         """Features [V, B, D] of V views. All ranks must call, with batches of one size."""
-        features = features.to(self.projector[0].weight.dtype)
+        features = features.to(next(self.projector.parameters()).dtype)
         projections = [self.projector(view) for view in features]
         return {
             "features": features.detach(),

@@ -36,8 +36,8 @@ class MaskedAutoencoder(nn.Module):
 
     Args:
         image_size: height and width in pixels, or the side of a square.
-        mask_ratio: share of the patches that a masked forward pass hides unless told otherwise.
-        norm_pix_loss: standardise each target patch by its own mean and variance.
+        mask_ratio: share of the patches that a masked forward pass hides by default.
+        norm_pix_loss: standardise each target patch by its mean and variance.
         trainable_positions: learn the positions, which start as 2-D sine-cosine tables.
         drop_path_rate: stochastic depth of the encoder's last block; earlier ones have less,
             linearly down to 0 at the first (Huang et al., arXiv 1603.09382).
@@ -55,6 +55,9 @@ class MaskedAutoencoder(nn.Module):
 
     Source: He et al., arXiv 2111.06377; mask selection by score: Guo et al., arXiv 2402.18128.
     """
+
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class MaskedAutoencoder(nn.Module):
             Block,
             mlp_ratio=mlp_ratio,
             qkv_bias=True,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
             attn_layer=Attention,
         )
         drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
@@ -170,7 +173,7 @@ class MaskedAutoencoder(nn.Module):
         if scorer is None:
             tokens = self.forward_features(images)
             if as_map:
-                return tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid_size)
+                return torch.unflatten(tokens[:, 1:].transpose(1, 2), 2, self.grid_size)
             return tokens[:, 0] if self.global_pool == "token" else tokens[:, 1:].mean(dim=1)
 
         embedding = self.embed(images)
@@ -192,7 +195,7 @@ class MaskedAutoencoder(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> projected patches with their positions [B, N, D], what a scorer sees."""
-        patches = self.patch_embed(images.to(self.cls_token.dtype))
+        patches: Tensor = self.patch_embed(images.to(self.cls_token.dtype))
         return patches + self.pos_embed[:, 1:].to(patches.dtype)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -203,7 +206,8 @@ class MaskedAutoencoder(nn.Module):
         """[B, K, D] embedded patches -> [B, 1 + K, D], class token first, after the final norm."""
         cls_token = self.cls_token + self.pos_embed[:, :1].to(tokens.dtype)
         tokens = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        return self.norm(self._run(self.blocks, tokens))
+        normed: Tensor = self.norm(self._run(self.blocks, tokens))
+        return normed
 
     def _decode(self, latent: Tensor, restore: Tensor) -> Tensor:
         """[B, 1 + K, D] and each patch's place in the order [B, N] -> predictions [B, N, P]."""
@@ -213,7 +217,9 @@ class MaskedAutoencoder(nn.Module):
         patches = _take(torch.cat([tokens[:, 1:], mask_tokens], dim=1), restore)
         positions = self.decoder_pos_embed.to(tokens.dtype)
         tokens = torch.cat([tokens[:, :1], patches], dim=1) + positions
-        return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
+        normed = self.decoder_norm(self._run(self.decoder_blocks, tokens))
+        predictions: Tensor = self.decoder_pred(normed)[:, 1:]
+        return predictions
 
     def _run(self, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 
 from mlomae.models.attention import Attention
 from mlomae.models.precision import at_least_float32
-
-if TYPE_CHECKING:  # the autoencoder knows scorers, so this module cannot import it
-    pass
 
 Scorer = Callable[[Tensor], Tensor]
 """Patch embeddings with positions [B, N, D] -> [B, N]; the patches with the largest are hidden."""
@@ -64,9 +60,10 @@ class LightMaskingNetwork(nn.Module):
             hidden_dim,
             self.NUM_HEADS,
             qkv_bias=True,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
             attn_layer=Attention,
         )
+        assert isinstance(self.block.attn, Attention)
         self.block.attn.backend = attention
         self.norm = nn.LayerNorm(hidden_dim, eps=1e-6)
         self.score = _WideLinear(hidden_dim, 1)

@@ -37,16 +37,16 @@ def _register(preset: str, patch_size: int, image_size: int = 224) -> None:
     register_model(build)
 
 
-def _build(defaults: dict[str, Any], pretrained: bool = False, **given: Any) -> MaskedAutoencoder:
-    """What timm calls; it also hands on its own settings of pretrained weights, as None."""
+def _build(defaults: dict[str, Any], pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """What timm calls; it also hands on its settings of pretrained weights, as None."""
     if pretrained:
         raise ValueError(
             "no weights are published under this name: load a file with "
             "mlomae.foreign.load_weights(model, [file])"
         )
-    timms_own = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    given = {key: value for key, value in given.items() if key not in timms_own}
-    return MaskedAutoencoder(**{**defaults, **given})
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(key, None)
+    return MaskedAutoencoder(**{**defaults, **kwargs})
 
 
 for _preset in ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"):

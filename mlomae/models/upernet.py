@@ -182,7 +182,8 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, h, w] -> [B, out_channels, h, w]."""
         cells = [resize(cell(x), x.shape[-2:], self.align_corners) for cell in self.cells]
-        return self.merge(torch.cat([x, *cells], dim=1))
+        merged: Tensor = self.merge(torch.cat([x, *cells], dim=1))
+        return merged
 
 
 class StandardHead(nn.Module):
@@ -209,7 +210,8 @@ class StandardHead(nn.Module):
         maps = [smooth(x) for smooth, x in zip(self.smoothing, maps, strict=True)]
         size = maps[0].shape[-2:]
         fused = self.fusion(torch.cat([resize(x, size) for x in (*maps, deepest)], dim=1))
-        return self.classifier(self.dropout(fused))
+        logits: Tensor = self.classifier(self.dropout(fused))
+        return logits
 
 
 class TutorialHead(nn.Module):
@@ -231,4 +233,5 @@ class TutorialHead(nn.Module):
         smoothed = [smooth(x) for smooth, x in zip(self.smoothing, sums, strict=True)]
         size = finest.shape[-2:]
         fused = self.fusion(torch.cat([resize(x, size, True) for x in (*smoothed, maps[3])], dim=1))
-        return self.classifier(fused)
+        logits: Tensor = self.classifier(fused)
+        return logits
