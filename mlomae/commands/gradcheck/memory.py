@@ -1,12 +1,12 @@
 """How many bytes tensors take at once: what a derivative costs in memory, and a training step."""
 
-import weakref
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlomae.commands.storage import StorageCounter, tensors_in
 
 
 class PeakMemory:
@@ -25,7 +25,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             self._before = torch.cuda.memory_allocated(self._device)
         else:
-            self._counter.__enter__()
+            self._counter.__enter__()  # type: ignore[no-untyped-call]
         self.restart()
         return self
 
@@ -38,7 +38,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             self._counter.peak = torch.cuda.max_memory_allocated(self._device) - self._before
         else:
-            self._counter.__exit__(kind, error, traceback)
+            self._counter.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Forget the peak so far, but not what has come to live."""
@@ -52,36 +52,26 @@ class PeakMemory:
         return self._counter.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operators create, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._storages = StorageCounter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for value in (*args, *(kwargs or {}).values()):
-            self._note(value, is_new=False)  # what comes in and is unknown lived before
+        for tensor in tensors_in((*args, *(kwargs or {}).values())):
+            self._storages.add(tensor, None)  # what comes in and is unknown lived before
         result = func(*args, **(kwargs or {}))
-        self._note(result, is_new=True)
+        for tensor in tensors_in(result):
+            self._storages.add(tensor, "created")
+        self.peak = max(self.peak, self.live)
         return result
 
-    def _note(self, value: Any, is_new: bool) -> None:
-        if isinstance(value, (tuple, list)):
-            for item in value:
-                self._note(item, is_new)
-        elif isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            key, num_bytes = storage._cdata, storage.nbytes() if is_new else 0
-            if key in self._known:
-                return
-            self._known[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes))
-            self.live += num_bytes
-            self.peak = max(self.peak, self.live)
-
-    def _forget(self, key: int, num_bytes: int) -> None:
-        del self._known[key]
-        self.live -= num_bytes
+    @property
+    def live(self) -> int:
+        """Bytes, now."""
+        return self._storages.total

@@ -4,17 +4,18 @@ On the `meta` device every operator gives tensors of the right shapes and autogr
 always keeps, but nothing is allocated and nothing computed.
 """
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from mlomae.commands.storage import StorageCounter, tensors_in
 
 ACTIVATIONS = "activations"
 VECTORS = "vectors in weight space"
@@ -37,9 +38,11 @@ class Moment:
         return sum(self.parts.values())
 
 
-@dataclass(eq=False)
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Live bytes of meta tensors by part, their peak in every phase, and what collectives send.
+
+    Args:
+        on_host: parts that offload keeps in host memory.
 
     Attributes:
         live: bytes by part, now.
@@ -48,22 +51,20 @@ class Ledger(TorchDispatchMode):
             reduce-scatter counts with its whole tensor.
         flops: by phase, a multiplication and an addition as two; of products and convolutions.
         shard_sizes: lengths of the vectors in weight space, to tell them from activations.
-        on_host: parts that offload keeps in host memory.
     """
 
-    live: Counter[str] = field(default_factory=Counter)
-    peaks: dict[str, Moment] = field(default_factory=dict)
-    sent: Counter[tuple[str, str]] = field(default_factory=Counter)
-    flops: Counter[str] = field(default_factory=Counter)
-    shard_sizes: set[int] = field(default_factory=set)
-    on_host: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self._known: dict[int, _Entry] = {}
+    def __init__(self, on_host: frozenset[str] = frozenset()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.on_host = on_host
+        self.peaks: dict[str, Moment] = {}
+        self.sent: Counter[tuple[str, str]] = Counter()
+        self.flops: Counter[str] = Counter()
+        self.shard_sizes: set[int] = set()
         self.current_part: str | None = ACTIVATIONS
+        self._storages = StorageCounter(outside=on_host)
+        self.live = self._storages.live
         self._phase = "build"
-        self._total = self._peak = 0
+        self._peak = 0
 
     @contextmanager
     def part(self, name: str | None) -> Iterator[None]:
@@ -77,7 +78,7 @@ class Ledger(TorchDispatchMode):
         """A phase begins; one that comes again goes on."""
         before, peak = self._phase, self._peak
         self._phase, self._peak = name, self.peaks[name].total if name in self.peaks else 0
-        self._look()
+        self._update_peak()
         yield
         self._phase, self._peak = before, peak
 
@@ -91,84 +92,49 @@ class Ledger(TorchDispatchMode):
         if func.namespace == "c10d":
             self._note_sent(func.name(), args)
         else:
-            self._note(result)
+            self._note_made(result)
         return result
-
-    def _note(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            if value.is_meta:
-                self._note_storage(value)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                self._note(item)
 
     def move(self, tensor: Tensor, part: str) -> None:
         """What a tensor holds belongs to another part."""
-        entry = self._known[tensor.untyped_storage()._cdata]
-        if entry.part is not None:
-            self.live[entry.part] -= entry.num_bytes
-            self.live[part] += entry.num_bytes
-            entry.part = part
+        self._storages.move(tensor, part)
 
-    def _note_storage(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        part, num_bytes = self.current_part, storage.nbytes()
-        if part == ACTIVATIONS and tensor.dim() == 1 and tensor.numel() in self.shard_sizes:
-            part = VECTORS
-        reference = weakref.ref(storage, lambda _: self._forget(key))
-        self._known[key] = _Entry(reference, part, num_bytes)
-        if part is not None:
-            self.live[part] += num_bytes
-            if part not in self.on_host:
-                self._total += num_bytes
-                self._look()
+    def _note_made(self, result: Any) -> None:
+        for tensor in tensors_in(result):
+            if tensor.is_meta:
+                self._storages.add(tensor, self._part_of(tensor))
+        self._update_peak()
 
-    def _look(self) -> None:
-        if self._total > self._peak:
-            self._peak = self._total
+    def _part_of(self, tensor: Tensor) -> str | None:
+        """The current part; what has the length of a shard is no activation."""
+        is_vector = tensor.dim() == 1 and tensor.numel() in self.shard_sizes
+        return VECTORS if is_vector and self.current_part == ACTIVATIONS else self.current_part
+
+    def _update_peak(self) -> None:
+        if self._storages.total > self._peak:
+            self._peak = self._storages.total
             here = {part: num for part, num in self.live.items() if part not in self.on_host}
             self.peaks[self._phase] = Moment(self._phase, here)
-
-    def _forget(self, key: int) -> None:
-        entry = self._known.pop(key)
-        if entry.part is not None:
-            self.live[entry.part] -= entry.num_bytes
-            if entry.part not in self.on_host:
-                self._total -= entry.num_bytes
 
     def _note_sent(self, name: str, args: Any) -> None:
         kind = name.removeprefix("c10d::").rstrip("_")
         self.sent[self._phase, kind] += max(map(_nbytes, args), default=0)
 
 
-@dataclass
-class _Entry:
-    """A storage, and what it counts as."""
-
-    storage: weakref.ref[Any]
-    part: str | None
-    num_bytes: int
-
-
 def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, (tuple, list)):
-        return sum(map(_nbytes, value))
-    return 0
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    shapes = (query.shape, key.shape, value.shape)
+    return int(sdpa_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward_flops(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any, **__: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    shapes = (grad.shape, query.shape, key.shape, value.shape)
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
 _ATEN = torch.ops.aten
