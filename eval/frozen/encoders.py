@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from mlomae.checkpoint.folders import RECIPE_FILE, find_checkpoint
 from mlomae.errors import UserError
-from mlomae.foreign import Weights, infer_architecture, load_weights, read_weights
+from mlomae.foreign import PretrainedWeights, infer_architecture, load_weights, read_weights
 from mlomae.foreign.layouts import to_timm
 from mlomae.models import MaskedAutoencoder
 from mlomae.pretraining.networks import (
@@ -54,7 +54,7 @@ class Encoder:
         digest = hashlib.sha256()
         for name, tensor in sorted(to_timm(self.model.state_dict()).items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -76,7 +76,8 @@ def of_run(run: str | Path, *, untrained: bool = False, with_decoder: bool = Fal
         encoder = of_weights([checkpoint], with_decoder=with_decoder)
         return replace(encoder, source={"checkpoint": str(checkpoint), "untrained": False})
     model, recipe = load_model(run)
-    name, data = recipe.method, recipe.data
+    name: str = recipe.method
+    data = recipe.data
     if untrained:
         name = "initial" if recipe.init_from else "untrained"
         model = build_model(for_inference(recipe))
@@ -96,7 +97,7 @@ def of_weights(
     paths: Sequence[str | Path],
     *,
     image_size: int | None = None,
-    global_pool: str | None = None,
+    global_pool: Literal["token", "avg"] | None = None,
     num_heads: int | None = None,
     expected: Sequence[str] = (),
     with_decoder: bool = False,
@@ -141,7 +142,7 @@ def of_weights(
     return Encoder(name, source, model, settings["mean"], settings["std"])
 
 
-def _read_together(paths: Sequence[str | Path]) -> Weights:
+def _read_together(paths: Sequence[str | Path]) -> PretrainedWeights:
     """The weights of all files, which must hold a decoder."""
     first, *others = [read_weights(path) for path in paths]
     for other in others:

@@ -155,28 +155,33 @@ def _of_recipe(recipe: dict[str, Any], file: Path) -> dict[str, Any]:
     """What the recipe of a run of any kind says; runs save it complete."""
     try:
         model, data = recipe["model"], recipe["data"]
-        told = {"method": recipe["method"], "mean": tuple(data["mean"]), "std": tuple(data["std"])}
-        told |= {key: model[key] for key in ("num_heads", "global_pool")}
-        told["image_size"] = tuple(model["image_size"])
+        config = {
+            "method": recipe["method"],
+            "mean": tuple(data["mean"]),
+            "std": tuple(data["std"]),
+            "num_heads": model["num_heads"],
+            "global_pool": model["global_pool"],
+            "image_size": tuple(model["image_size"]),
+        }
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file} is not the recipe that a run saves ({error!r}): copy the whole checkpoint"
         ) from None
     if "decoder_num_heads" in model:
-        told["decoder_num_heads"] = model["decoder_num_heads"]
-    return told
+        config["decoder_num_heads"] = model["decoder_num_heads"]
+    return config
 
 
 def _of_timm(theirs: dict[str, Any]) -> dict[str, Any]:
     cfg = theirs["pretrained_cfg"]
     size = cfg.get("input_size")  # [channels, height, width]
-    told = {
+    config = {
         "image_size": size[1:] if isinstance(size, list) else None,
         "mean": cfg.get("mean"),
         "std": cfg.get("std"),
     }
     pool = theirs.get("global_pool")
-    return _sound(told) | ({"global_pool": pool} if pool in ("token", "avg") else {})
+    return _valid(config) | ({"global_pool": pool} if pool in ("token", "avg") else {})
 
 
 def _of_hugging_face(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -187,10 +192,10 @@ def _of_hugging_face(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
                 "give the weights of a ViT or ViTMAE with it"
             )
     if (eps := theirs.get("layer_norm_eps", 1e-6)) != 1e-6:
-        log.info("%s: layer_norm_eps is %g there, and 1e-6 here as in MAE's own code", file, eps)
+        log.info("%s: layer_norm_eps is %g there, and 1e-6 here as in MAE's code", file, eps)
     processor = file.with_name("preprocessor_config.json")
     images = _read_json(processor) if processor.is_file() else {}
-    return _sound(
+    return _valid(
         {
             "image_size": theirs.get("image_size"),
             "num_heads": theirs.get("num_attention_heads"),
@@ -201,10 +206,10 @@ def _of_hugging_face(theirs: dict[str, Any], file: Path) -> dict[str, Any]:
     )
 
 
-def _sound(told: dict[str, Any]) -> dict[str, Any]:
+def _valid(config: dict[str, Any]) -> dict[str, Any]:
     """What is a size, or three numbers for the channels."""
-    sizes = {k: v for k, v in told.items() if k not in ("mean", "std") and _is_size(v)}
-    channels = {k: told[k] for k in ("mean", "std") if _is_triple(told.get(k))}
+    sizes = {k: v for k, v in config.items() if k not in ("mean", "std") and _is_size(v)}
+    channels = {k: config[k] for k in ("mean", "std") if _is_triple(config.get(k))}
     return sizes | {k: tuple(v) for k, v in channels.items()}
 
 

@@ -1,4 +1,4 @@
-"""Names of the same tensors in other people's files; ours are those of facebookresearch/mae.
+"""Names of the same tensors in published files; ours are those of facebookresearch/mae.
 
 Every function maps a dict of tensors to a new dict and leaves a name that it does not know as it
 is, so that whoever loads the result can name it. Tensors are shared, not copied, where they keep
@@ -11,8 +11,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-from mlomae.errors import UserError
 
 State = Mapping[str, Tensor]
 
@@ -135,12 +133,12 @@ def from_hugging_face(state: State) -> dict[str, Tensor]:
         published[name] = tensor
     back = [(theirs, ours) for ours, theirs in HUGGING_FACE]
     back_block = [(theirs, ours) for ours, theirs in HUGGING_FACE_BLOCK]
-    return _join_qkv(_rename_blocks(_rename(published, back), back_block))
+    return _join_qkv(_rename_blocks(rename(published, back), back_block))
 
 
 def to_hugging_face(state: State) -> dict[str, Tensor]:
     """The published ViTMAE names, which every version of Transformers reads."""
-    return _rename(_rename_blocks(_split_qkv(state), HUGGING_FACE_BLOCK), HUGGING_FACE)
+    return rename(_rename_blocks(_split_qkv(state), HUGGING_FACE_BLOCK), HUGGING_FACE)
 
 
 def _split_qkv(state: State) -> dict[str, Tensor]:
@@ -186,42 +184,16 @@ def from_mae_ct_encoder(state: State) -> dict[str, Tensor]:
     return _with_class_row(state, "pos_embed")
 
 
-def to_mae_ct_encoder(state: State) -> dict[str, Tensor]:
-    """The encoder without a class row: the row goes into the class token, where it always ends."""
-    encoder = to_timm(state)
-    positions = encoder["pos_embed"]
-    encoder["cls_token"] = encoder["cls_token"] + positions[:, :1]
-    encoder["pos_embed"] = positions[:, 1:]
-    return encoder
-
-
 def from_mae_ct_decoder(state: State) -> dict[str, Tensor]:
     """As the encoder's; that decoder gives its class token no position, hence the zeros.
 
     Older files have the row of zeros themselves.
     """
-    renamed = _rename(state, [(theirs, ours) for ours, theirs in MAE_CT_DECODER])
+    renamed = rename(state, [(theirs, ours) for ours, theirs in MAE_CT_DECODER])
     positions = renamed.get("decoder_pos_embed")
     if positions is not None and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1:
         return renamed
     return _with_class_row(renamed, "decoder_pos_embed")
-
-
-def to_mae_ct_decoder(state: State) -> dict[str, Tensor]:
-    """The decoder alone, without the class row of its positions.
-
-    Raises:
-        UserError: that row is not zero: there is nowhere else for it.
-    """
-    ours = {name: tensor for name, tensor in state.items() if name.startswith(DECODER_NAMES)}
-    positions = ours["decoder_pos_embed"]
-    if not positions.is_meta and positions[:, 0].any():
-        raise UserError(
-            "decoder_pos_embed gives the class token a position, which MAE-CT's decoder cannot "
-            "hold: export a model with fixed positions (model.trainable_positions=false)"
-        )
-    ours["decoder_pos_embed"] = positions[:, 1:]
-    return _rename(ours, MAE_CT_DECODER)
 
 
 def _with_class_row(state: State, name: str) -> dict[str, Tensor]:
@@ -241,18 +213,13 @@ def from_tutorial(state: State) -> dict[str, Tensor]:
     That decoder drops the class token before its blocks, which ours attends to: the same weights
     are another function, so `read_weights` takes the encoder alone.
     """
-    return _rename(state, [(theirs, ours) for ours, theirs in TUTORIAL])
-
-
-def to_tutorial(state: State) -> dict[str, Tensor]:
-    """Inverse of `from_tutorial`."""
-    return _rename(state, TUTORIAL)
+    return rename(state, [(theirs, ours) for ours, theirs in TUTORIAL])
 
 
 # --- renaming ----------------------------------------------------------------------------------
 
 
-def _rename(state: State, table: list[tuple[str, str]]) -> dict[str, Tensor]:
+def rename(state: State, table: list[tuple[str, str]]) -> dict[str, Tensor]:
     """Replace the beginning of each name by the first row of the table that fits it."""
     return {_replaced(name, table): tensor for name, tensor in state.items()}
 

@@ -1,4 +1,4 @@
-"""Filling a masked autoencoder with anybody's weights: all keys fit, or an error lists them."""
+"""Filling a masked autoencoder with pretrained weights: all keys fit, or an error lists them."""
 
 import logging
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mlomae.errors import UserError
+from mlomae.foreign.fix import suggest_fix
 from mlomae.foreign.layouts import to_timm
-from mlomae.foreign.mend import mend
-from mlomae.foreign.read import HEAD_LAYOUTS, HEADS, Weights, grid_size, read_weights
+from mlomae.foreign.read import HEAD_LAYOUTS, HEADS, PretrainedWeights, grid_size, read_weights
 from mlomae.models import MaskedAutoencoder
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _part(state: dict[str, Tensor], parts: Parts) -> dict[str, Tensor]:
     return to_timm(state) if parts == "encoder" else dict(state)
 
 
-def _check_model(weights: Weights, model: MaskedAutoencoder, parts: Parts) -> None:
+def _check_model(weights: PretrainedWeights, model: MaskedAutoencoder, parts: Parts) -> None:
     """What no shape tells: the kind of a head's file, and how many heads attend."""
     if weights.layout in HEAD_LAYOUTS:
         raise UserError(
@@ -123,7 +123,7 @@ def _check_model(weights: Weights, model: MaskedAutoencoder, parts: Parts) -> No
 
 
 def _fit_positions(
-    weights: Weights, model: MaskedAutoencoder, parts: Parts, done: Loaded
+    weights: PretrainedWeights, model: MaskedAutoencoder, parts: Parts, done: Loaded
 ) -> dict[str, Tensor]:
     """The tensors of a file, with the positions [1, 1 + N, D] brought to the model's grid."""
     tensors = _part(weights.tensors, parts)
@@ -173,7 +173,7 @@ def _check_names(
     listed = {"missing": missing, "unexpected": unexpected, "misshapen": shapes}
     problems = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in listed.items() if names)
     if problems:
-        advice = mend(tensors, wanted, [*missing, *unexpected, *misshapen])
+        advice = suggest_fix(tensors, wanted, [*missing, *unexpected, *misshapen])
         raise UserError(f"{done} does not fit the model: {advice} ({problems})")
     if not done.names:
         raise UserError(f"{done} fills nothing of the model: name fewer keys as expected")

@@ -27,19 +27,19 @@ TO_OURS = {
 
 
 @dataclass
-class Weights:
+class PretrainedWeights:
     """What a file holds."""
 
     file: Path
     layout: str
     """As `detect_layout` tells it."""
     tensors: dict[str, Tensor]
-    """Under our names; those of a head under its own."""
+    """Under our names; those of a head as in the file."""
     config: dict[str, Any]
     """As `read_config` tells it."""
 
 
-def read_weights(path: str | Path, *, num_patches: int | None = None) -> Weights:
+def read_weights(path: str | Path, *, num_patches: int | None = None) -> PretrainedWeights:
     """Read a weights file or folder of any known layout.
 
     Args:
@@ -64,11 +64,11 @@ def read_weights(path: str | Path, *, num_patches: int | None = None) -> Weights
         # Without the class token the same decoder weights are another function.
         tensors = layouts.to_timm(tensors)
         log.info("%s: only the encoder is read, as its decoder drops the class token", file)
-    return Weights(file, layout, tensors, config)
+    return PretrainedWeights(file, layout, tensors, config)
 
 
 def infer_architecture(
-    weights: Weights,
+    weights: PretrainedWeights,
     *,
     image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
@@ -99,10 +99,11 @@ def infer_architecture(
     }
 
 
-def _num_heads(weights: Weights, embed_dim: int) -> int:
+def _num_heads(weights: PretrainedWeights, embed_dim: int) -> int:
     """As the file beside the weights says, else that of the published encoder of this width."""
-    if told := weights.config.get("num_heads"):
-        return told
+    num_heads: int | None = weights.config.get("num_heads")
+    if num_heads:
+        return num_heads
     if embed_dim not in HEADS:
         raise UserError(
             f"{weights.file} does not tell the number of heads of an encoder of width {embed_dim}: "
@@ -111,7 +112,7 @@ def _num_heads(weights: Weights, embed_dim: int) -> int:
     return HEADS[embed_dim]
 
 
-def _decoder_architecture(weights: Weights) -> dict[str, int]:
+def _decoder_architecture(weights: PretrainedWeights) -> dict[str, int]:
     tensors = weights.tensors
     if "decoder_embed.weight" not in tensors:
         return {}
@@ -130,14 +131,14 @@ def _count_blocks(names: Iterable[str], prefix: str) -> int:
     return len({name.split(".")[1] for name in names if name.startswith(f"{prefix}.")})
 
 
-def _image_size(weights: Weights, patch_size: int) -> int | tuple[int, int]:
+def _image_size(weights: PretrainedWeights, patch_size: int) -> int | tuple[int, int]:
     rows, columns = grid_size(weights, "pos_embed", patch_size)
     height, width = rows * patch_size, columns * patch_size
     return height if height == width else (height, width)
 
 
 def grid_size(
-    weights: Weights, name: str, patch_size: int, default: tuple[int, int] | None = None
+    weights: PretrainedWeights, name: str, patch_size: int, default: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """Rows and columns of the patches that the positions of this name, [1, 1 + N, D], are for.
 

@@ -1,1 +1,1 @@
-import mlomae  # noqa: F401  mends an import that timm and transformers need
+import mlomae  # noqa: F401  fixes an import that timm and transformers need

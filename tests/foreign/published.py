@@ -1,7 +1,17 @@
-"""Names and shapes of the published files, spelled out from their description."""
+"""The published files, from their description: names, shapes, and our tensors written so."""
 
 import torch
 from torch import Tensor
+
+from mlomae.errors import UserError
+from mlomae.foreign.layouts import (
+    DECODER_NAMES,
+    MAE_CT_DECODER,
+    TUTORIAL,
+    State,
+    rename,
+    to_timm,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -187,3 +197,37 @@ def probe_head(width: int, first: int = 1) -> Shapes:
         running = {f"{norm}.running_mean": (width,), f"{norm}.running_var": (width,)}
         shapes |= running | {f"{norm}.num_batches_tracked": ()}
     return shapes | both(f"layer.{first + 1}", 1000, width)
+
+
+# Our tensors under the names that these files have.
+
+
+def to_mae_ct_encoder(state: State) -> dict[str, Tensor]:
+    """The encoder without a class row: the row goes into the class token, where it always ends."""
+    encoder = to_timm(state)
+    positions = encoder["pos_embed"]
+    encoder["cls_token"] = encoder["cls_token"] + positions[:, :1]
+    encoder["pos_embed"] = positions[:, 1:]
+    return encoder
+
+
+def to_mae_ct_decoder(state: State) -> dict[str, Tensor]:
+    """The decoder alone, without the class row of its positions.
+
+    Raises:
+        UserError: that row is not zero: there is nowhere else for it.
+    """
+    ours = {name: tensor for name, tensor in state.items() if name.startswith(DECODER_NAMES)}
+    positions = ours["decoder_pos_embed"]
+    if not positions.is_meta and positions[:, 0].any():
+        raise UserError(
+            "decoder_pos_embed gives the class token a position, which MAE-CT's decoder cannot "
+            "hold: export a model with fixed positions (model.trainable_positions=false)"
+        )
+    ours["decoder_pos_embed"] = positions[:, 1:]
+    return rename(ours, MAE_CT_DECODER)
+
+
+def to_tutorial(state: State) -> dict[str, Tensor]:
+    """Inverse of `from_tutorial`."""
+    return rename(state, TUTORIAL)

@@ -103,8 +103,8 @@ def test_mae_ct(size):
         width, patch, num_patches, 512, 8
     )
     ours = tensors_of(published.mae(*size))
-    assert shapes_of(layouts.to_mae_ct_encoder(ours)) == published.mae_ct_encoder(*size)
-    assert shapes_of(layouts.to_mae_ct_decoder(ours)) == published.mae_ct_decoder(*size)
+    assert shapes_of(published.to_mae_ct_encoder(ours)) == published.mae_ct_encoder(*size)
+    assert shapes_of(published.to_mae_ct_decoder(ours)) == published.mae_ct_decoder(*size)
 
 
 @every_size
@@ -113,7 +113,7 @@ def test_tutorial(size):
     assert layouts.detect_layout(theirs) == "tutorial"
     ours = shapes_of(layouts.from_tutorial(theirs))
     assert ours == published.mae(*size) | {"decoder_pos_embed": (1, size[3], 512)}
-    assert shapes_of(layouts.to_tutorial(tensors_of(ours))) == published.tutorial(*size)
+    assert shapes_of(published.to_tutorial(tensors_of(ours))) == published.tutorial(*size)
 
 
 @pytest.mark.parametrize("width", [768, 1024, 1280])
@@ -143,7 +143,7 @@ def test_an_oblong_grid_is_not_taken_for_an_encoder_without_class_row():
 
 def test_the_class_row_moves_into_the_class_token():
     full = tensors_of(published.mae(*TINY), "cpu")
-    encoder = layouts.to_mae_ct_encoder(full)
+    encoder = published.to_mae_ct_encoder(full)
     assert torch.equal(encoder["cls_token"], full["cls_token"] + full["pos_embed"][:, :1])
     back = layouts.from_mae_ct_encoder(encoder)
     assert not back["pos_embed"][:, 0].any()
@@ -153,7 +153,7 @@ def test_the_class_row_moves_into_the_class_token():
 def test_a_class_row_that_mae_ct_cannot_hold_is_refused():
     full = tensors_of(published.mae(*TINY), "cpu")
     with pytest.raises(UserError, match=r"decoder_pos_embed .*model\.trainable_positions=false"):
-        layouts.to_mae_ct_decoder(full)
+        published.to_mae_ct_decoder(full)
 
 
 # --- round trips, bit for bit ------------------------------------------------------------------
@@ -163,9 +163,9 @@ def test_a_class_row_that_mae_ct_cannot_hold_is_refused():
     ("shapes", "read", "write"),
     [
         (published.hugging_face, layouts.from_hugging_face, layouts.to_hugging_face),
-        (published.mae_ct_encoder, layouts.from_mae_ct_encoder, layouts.to_mae_ct_encoder),
-        (published.mae_ct_decoder, layouts.from_mae_ct_decoder, layouts.to_mae_ct_decoder),
-        (published.tutorial, layouts.from_tutorial, layouts.to_tutorial),
+        (published.mae_ct_encoder, layouts.from_mae_ct_encoder, published.to_mae_ct_encoder),
+        (published.mae_ct_decoder, layouts.from_mae_ct_decoder, published.to_mae_ct_decoder),
+        (published.tutorial, layouts.from_tutorial, published.to_tutorial),
         (published.mae_encoder, dict, layouts.to_timm),
     ],
     ids=["hugging_face", "mae_ct_encoder", "mae_ct_decoder", "tutorial", "timm"],

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mlomae.errors import UserError
 from mlomae.foreign import infer_architecture, load_weights, read_weights
-from mlomae.foreign.layouts import to_hugging_face, to_tutorial
+from mlomae.foreign.layouts import to_hugging_face
 from mlomae.models import MaskedAutoencoder
 from mlomae.pretraining.recipe import Recipe
 from mlomae.recipe import dump_recipe, load_recipe
 from tests.foreign import published
-from tests.foreign.published import SIZES, tensors_of
+from tests.foreign.published import SIZES, tensors_of, to_tutorial
 
 WIDTH, DEPTH, PATCH, DIM = 32, 2, 4, 16
 TINY = {
@@ -196,7 +196,7 @@ def test_a_decoder_has_no_architecture_of_an_encoder(saved):
 
 
 @pytest.mark.parametrize(
-    ("settings", "key", "mend"),
+    ("settings", "key", "fix"),
     [
         (
             {"patch_size": 8, "image_size": 32},
@@ -222,10 +222,10 @@ def test_a_decoder_has_no_architecture_of_an_encoder(saved):
         ),
     ],
 )
-def test_another_architecture(settings, key, mend, saved):
+def test_another_architecture(settings, key, fix, saved):
     sentence = refusal(tiny(**settings), saved(full()))
     assert "w.pth does not fit the model" in sentence and key in sentence
-    assert f": {mend} give weights of the model's size" in sentence
+    assert f": {fix} give weights of the model's size" in sentence
 
 
 def test_the_heads_of_a_published_width_are_named_and_watched(saved, caplog):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from mlomae.foreign import infer_architecture, load_weights, read_weights
-from mlomae.foreign.layouts import to_mae_ct_decoder, to_mae_ct_encoder
 from mlomae.models import MaskedAutoencoder, reconstruction_loss
+from tests.foreign.published import to_mae_ct_decoder, to_mae_ct_encoder
 
 NO_DECODER = ["decoder*", "mask_token"]
 SMALL_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 1}

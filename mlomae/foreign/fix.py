@@ -16,8 +16,8 @@ SIZES = [  # recipe key, the tensor that tells it, and by which dimension
 DEPTHS = [("model.depth", "blocks."), ("model.decoder_depth", "decoder_blocks.")]
 
 
-def mend(tensors: State, wanted: State, names: Sequence[str]) -> str:
-    """The mend of an error about keys: recipe keys to set, else the keys to name as expected.
+def suggest_fix(tensors: State, wanted: State, names: Sequence[str]) -> str:
+    """What fixes an error about keys: recipe keys to set, else the keys to name as expected.
 
     Args:
         tensors: of the file.
