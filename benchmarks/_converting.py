@@ -23,9 +23,9 @@ def convert_by_ffcv(form: str, source: Path, out: Path, mode: str, num_workers: 
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    from data_ffcv.sources.torchvision_import import mend_torchvision
+    from data_ffcv.sources.torchvision_import import fix_torchvision_import
 
-    mend_torchvision()
+    fix_torchvision_import()
     from torchvision.datasets import ImageFolder
 
     start = time.perf_counter()

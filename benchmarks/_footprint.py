@@ -99,7 +99,7 @@ def _epochs_of(
         num_workers=load.num_workers,
         backend=stream.backend,
     )
-    epoch = range(stream.num_batches_per_epoch)
+    epoch = range(loader.info.num_samples // load.batch_size)
     return lambda: [None for _ in epoch if next(stream)], lambda: next(iter(loader))
 
 

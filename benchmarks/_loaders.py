@@ -198,9 +198,9 @@ def _webdataset(
 
 
 def _transform(contender: Contender) -> Any:
-    from data_ffcv.sources.torchvision_import import mend_torchvision
+    from data_ffcv.sources.torchvision_import import fix_torchvision_import
 
-    mend_torchvision()
+    fix_torchvision_import()
     from torchvision import transforms
 
     crop = transforms.RandomCrop(contender.image_size, padding=4)

@@ -1,5 +1,16 @@
 """Image data for training: conversion to ``.beton``, splits, seeded augmentation, loading.
 
+| where | what |
+| --- | --- |
+| ``convert.py``, ``inspect.py`` | the commands ``python -m data_ffcv.convert`` and ``.inspect`` |
+| ``sources/`` | reading collections as they were published, one sample at a time |
+| ``conversion/`` | writing them as ``.beton`` files |
+| ``beton/`` | the file format, what a file holds (`inspect_beton`), verification |
+| ``pixels/`` | `Augmentation`, the decoder that applies it, and its compiled kernels |
+| ``streams/`` | batches: `open_stream`, `open_eval_loader`, `WholeImages`; the two backends |
+| ``splits.py`` | `split_by_class`, `shard_indices` |
+| ``errors.py`` | `DataError` |
+
 Importing this package imports neither FFCV nor numba; both are loaded when the first stream
 is opened.
 """
@@ -10,7 +21,7 @@ from data_ffcv.pixels.augmentation import Augmentation
 from data_ffcv.sources.folder_info import FolderInfo, ImagesInfo, inspect_images
 from data_ffcv.splits import shard_indices, split_by_class
 from data_ffcv.streams.loader import EvalLoader, Stream, open_eval_loader, open_stream
-from data_ffcv.streams.pipeline import choose_backend
+from data_ffcv.streams.settings import choose_backend
 from data_ffcv.streams.whole import WholeImages
 
 __all__ = [

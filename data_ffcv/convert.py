@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -122,10 +122,15 @@ def convert(
                     skip_errors=on_error == "skip",
                     on_sample=on_sample,
                 )
-                about = {"format": format, "source": str(source)}
-                about |= {"part": part or default_part(format)}
-                about |= {"classes": list(samples.classes), "subset": subset, "split": split}
-                about |= {"held_out": number == 1}
+                about: dict[str, object] = {
+                    "format": format,
+                    "source": str(source),
+                    "part": part or default_part(format),
+                    "classes": list(samples.classes),
+                    "subset": subset,
+                    "split": split,
+                    "held_out": number == 1,
+                }
                 _describe(staging, about, encoding, written)
         infos = [inspect_beton(staging.path) for staging in stagings]
         for staging in reversed(stagings):
@@ -177,7 +182,7 @@ def _count(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], 
 
 
 def _describe(
-    staging: Staging, about: dict[str, Any], encoding: Encoding, written: Written
+    staging: Staging, about: dict[str, object], encoding: Encoding, written: Written
 ) -> None:
     """Writes what stands beside the file."""
     layout = read_layout(staging.path)

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """Bad data or data settings: one sentence that names the thing and says how to mend it."""
+    """Bad data or data settings: one sentence that names the thing and says how to fix it."""

@@ -7,6 +7,7 @@ The picture is a contact sheet of samples that a seed chooses.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -165,7 +166,8 @@ def _parse_args() -> argparse.Namespace:
 def main() -> int:
     """Runs the command; returns its exit code, 1 for a damaged file and 2 after an error."""
     args = _parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         # Nothing in a path is markup.
         return _run(args, Console(markup=False, emoji=False, highlight=False))

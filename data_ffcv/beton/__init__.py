@@ -1,1 +1,1 @@
-"""The .beton format: layout, tables, checks."""
+"""The ``.beton`` format: its layout, what a file holds, verification, contact sheets."""

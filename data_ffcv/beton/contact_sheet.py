@@ -18,7 +18,7 @@ from data_ffcv.errors import DataError
 TILE = 128  # largest side of an image on the sheet, in pixels
 GAP = 4
 CAPTION = 16
-_MARK = ("Software", "data_ffcv.inspect")  # how a sheet is told from other pictures
+_MARK = ("Software", "data_ffcv.inspect")  # what distinguishes a sheet from other pictures
 
 
 def check_target(out: Path) -> None:

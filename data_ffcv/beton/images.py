@@ -6,7 +6,8 @@ import weakref
 import numpy as np
 import simplejpeg
 
-from data_ffcv.beton.info import RAW, BetonInfo, file_version
+from data_ffcv.beton.info import BetonInfo, file_version
+from data_ffcv.beton.layout import RAW
 from data_ffcv.errors import DataError
 
 
@@ -64,12 +65,13 @@ class BetonImages:
             # A damaged header may ask for any amount of memory, so it is looked at first.
             if simplejpeg.decode_jpeg_header(content)[:2] != self._shape(index):
                 raise ValueError("it has another size")
-            return simplejpeg.decode_jpeg(content, "RGB")
+            pixels: np.ndarray = simplejpeg.decode_jpeg(content, "RGB")
         except ValueError as error:
             raise DataError(
                 f"{self._info.path}: the JPEG data of sample {index} is corrupt ({error}); "
                 "convert the file again"
             ) from error
+        return pixels
 
     def _shape(self, index: int) -> tuple[int, int]:
         samples = self._info.samples

@@ -130,26 +130,27 @@ def inspect_beton(path: str | Path) -> BetonInfo:
 
 def _read_samples(path: Path, file: BinaryIO, layout: Layout) -> tuple[Samples, np.ndarray | None]:
     """Returns (samples, labels) after checking everything that FFCV takes on trust."""
-    count, has_masks = layout.num_samples, layout.has_masks
+    count = layout.num_samples
+    labels = None if layout.has_masks else np.empty(count, np.int64)
+    mask_pointers = np.empty(count, np.int64) if layout.has_masks else None
     samples = Samples(
         pointers=np.empty(count, np.int64),
         num_bytes=np.zeros(count, np.int64),
         modes=np.empty(count, np.uint8),
         heights=np.empty(count, np.uint16),
         widths=np.empty(count, np.uint16),
-        mask_pointers=np.empty(count, np.int64) if has_masks else None,
+        mask_pointers=mask_pointers,
     )
-    labels = None if has_masks else np.empty(count, np.int64)
-    dtype = MASKED if has_masks else LABELLED
+    dtype = MASKED if layout.has_masks else LABELLED
     for which, rows in read_rows(path, file, dtype, count, METADATA_START):
         samples.pointers[which] = rows["image"]["data_ptr"]
         samples.modes[which] = rows["image"]["mode"]
         samples.heights[which] = rows["image"]["height"]
         samples.widths[which] = rows["image"]["width"]
-        if has_masks:
-            samples.mask_pointers[which] = rows["mask"]["ptr"]
+        if mask_pointers is not None:
+            mask_pointers[which] = rows["mask"]["ptr"]
             _check_mask_sizes(path, rows)
-        else:
+        if labels is not None:
             labels[which] = rows["label"]
     _check_values(path, samples, labels)
     _read_table(path, file, layout, samples)
@@ -187,7 +188,7 @@ def _read_table(path: Path, file: BinaryIO, layout: Layout, samples: Samples) ->
         samples.num_bytes[of_image] = size[is_image]
         raw = samples.modes[of_image] == RAW
         sound = (size[is_image][raw] == 3 * pixels[is_image][raw]).all()
-        if layout.has_masks:
+        if samples.mask_pointers is not None:
             is_mask = start == samples.mask_pointers[sample]
             mask_seen[sample[is_mask]] = True
             sound &= (is_image != is_mask).all() and (size[is_mask] == pixels[is_mask]).all()

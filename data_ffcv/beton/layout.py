@@ -21,7 +21,6 @@ VERSION = 2
 CONVERT = "convert it again with python -m data_ffcv.convert"
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 1 << 16, 1 << 20  # bound the temporary memory
 
-# Layout of FFCV 1.0.2's format, version 2 (ffcv/types.py, ffcv/fields).
 HEADER = np.dtype(
     [
         ("version", "<u2"),
@@ -119,7 +118,7 @@ def read_header(path: Path, file: BinaryIO) -> Layout:
 
 def _read_fields(path: Path, file: BinaryIO, num_fields: int) -> bool:
     """Returns whether the fields are those of a segmentation file."""
-    fields: tuple = ()
+    fields: tuple[tuple[int, bytes], ...] = ()
     if num_fields == 2:
         rows = np.frombuffer(_read(path, file, 2 * FIELD.itemsize), FIELD)
         fields = tuple((int(row["type_id"]), bytes(row["name"])) for row in rows)

@@ -109,12 +109,12 @@ def _check_bytes(path: Path, info: BetonInfo | None, on_progress: Progress) -> l
     try:
         pieces = list(_cut(path, side))
     except DataError:
-        return []  # the header is damaged, which `verify` has found
+        return []  # the header is damaged, which `verify` has reported
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return [Finding(f"the checksums of {side_path(path)} do not fit this file")]
     whole, findings = hashlib.sha256(), []
-    for piece, found in _hash_pieces(path, pieces, whole, on_progress):
-        if found != piece.checksum and "checksums" in side:
+    for piece, checksum in _hash_pieces(path, pieces, whole, on_progress):
+        if checksum != piece.checksum and "checksums" in side:
             problem = f"{piece.name} (bytes {piece.start} to {piece.end}) has changed"
             findings.append(Finding(problem, _find_samples(info, piece)))
     if not findings and "sha256" in side and whole.hexdigest() != side["sha256"]:
@@ -130,10 +130,10 @@ def _cut(path: Path, side: dict[str, Any]) -> Iterator[_Piece]:
         return
     checksums, page_size = side["checksums"], int(side["page_size"])
     pages, end = checksums["pages"], layout.table_start
-    # Counted from the end, as room for samples that were skipped may lie before the first page.
+    # Counted from the end: space for samples that were skipped may lie before the first page.
     start = (-(-end // page_size) - len(pages)) * page_size
     if start < layout.metadata_end:
-        raise ValueError("more pages than the file has room for")
+        raise ValueError("more pages than fit into the file")
     yield _Piece("the header or metadata", 0, start, int(checksums["metadata"]))
     for number, checksum in enumerate(pages):
         first = start + number * page_size
@@ -147,13 +147,13 @@ def _hash_pieces(
     """Yields each part with its CRC32, and feeds all bytes to the hash `whole`."""
     with path.open("rb") as file:
         for piece in pieces:
-            found = 0
+            checksum = 0
             for start in range(piece.start, piece.end, _BLOCK):
                 block = file.read(min(_BLOCK, piece.end - start))
-                found = zlib.crc32(block, found)
+                checksum = zlib.crc32(block, checksum)
                 whole.update(block)
                 on_progress("bytes", start + len(block), pieces[-1].end)
-            yield piece, found
+            yield piece, checksum
 
 
 def _find_samples(info: BetonInfo | None, piece: _Piece) -> tuple[int, ...]:
@@ -169,7 +169,8 @@ def _find_samples(info: BetonInfo | None, piece: _Piece) -> tuple[int, ...]:
 
 
 def _overlaps(starts: np.ndarray, sizes: np.ndarray, piece: _Piece) -> np.ndarray:
-    return (starts < piece.end) & (starts + sizes > piece.start)
+    overlaps: np.ndarray = (starts < piece.end) & (starts + sizes > piece.start)
+    return overlaps
 
 
 def _check_samples(info: BetonInfo, on_progress: Progress) -> list[Finding]:
@@ -186,8 +187,8 @@ def _check_samples(info: BetonInfo, on_progress: Progress) -> list[Finding]:
     chunks = [looked_at[i : i + _CHUNK] for i in range(0, len(looked_at), _CHUNK)]
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     try:
-        for chunk, found in zip(chunks, pool.map(check, chunks), strict=True):
-            findings += found
+        for chunk, of_chunk in zip(chunks, pool.map(check, chunks), strict=True):
+            findings += of_chunk
             done += len(chunk)
             on_progress("images", done, len(looked_at))
     finally:
@@ -211,8 +212,10 @@ def _check_sample(info: BetonInfo, images: BetonImages, index: int) -> Iterator[
 
 def read_mask(info: BetonInfo, images: BetonImages, index: int) -> np.ndarray:
     """Returns a view of one mask, uint8 [height, width]."""
+    pointers = info.samples.mask_pointers
+    assert pointers is not None  # the caller has asked `info.has_masks`
     height, width = int(info.samples.heights[index]), int(info.samples.widths[index])
-    start = int(info.samples.mask_pointers[index])
+    start = int(pointers[index])
     return images.masks[start : start + height * width].reshape(height, width)
 
 

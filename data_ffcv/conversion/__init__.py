@@ -1,1 +1,1 @@
-"""Writing .beton files."""
+"""Writing ``.beton`` files: which samples, how they are encoded, pages, temporary names."""

@@ -15,7 +15,7 @@ from data_ffcv.beton.info import side_path
 from data_ffcv.errors import DataError
 
 _BUFFER_BYTES = 1 << 20
-_NUM_TRIES = 10  # each lost to somebody who was looking at that very moment
+_NUM_TRIES = 10  # each lost to a process that looked at that very moment
 
 
 def report_path(path: Path) -> Path:
@@ -47,7 +47,7 @@ def explain_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{out} cannot be written ({error.strerror or error}); free room on that disk, allow "
+            f"{out} cannot be written ({error.strerror or error}); free space on that disk, allow "
             "writing, or give another folder"
         ) from error
 
@@ -77,9 +77,9 @@ class Staging:
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(".*.tmp"):
             if stale.name.startswith(prefix):
-                _unlink_abandoned(stale)
+                unlink_abandoned(stale)
         try:
-            self.file: BinaryIO = _create_locked(self.path)
+            self.file: BinaryIO = create_locked(self.path)
         except FileExistsError:
             raise DataError(
                 f"{out} is being written by another conversion; wait for it to end, or remove "
@@ -163,12 +163,12 @@ def _link(path: Path, out: Path) -> None:
         ) from None
 
 
-def _create_locked(path: Path) -> BinaryIO:
+def create_locked(path: Path) -> BinaryIO:
     """Creates a file with the lock that goes with the process."""
     for _ in range(_NUM_TRIES):
         file = path.open("x+b", buffering=_BUFFER_BYTES)
-        with suppress(OSError):  # a file system without locks: then nobody finds it abandoned
-            # Waits for one who has found the file before it was locked, and is removing it.
+        with suppress(OSError):  # a file system without locks: then it never counts as abandoned
+            # Waits for a process that saw the file before it was locked, and is removing it.
             fcntl.flock(file, fcntl.LOCK_EX)
         if _is_at(file, path):
             return file
@@ -176,7 +176,7 @@ def _create_locked(path: Path) -> BinaryIO:
     raise OSError(errno.ESTALE, "temporary files vanish from its folder")
 
 
-def _unlink_abandoned(path: Path) -> None:
+def unlink_abandoned(path: Path) -> None:
     """Removes a temporary file, and what belongs to it, if its process is dead."""
     with suppress(OSError), path.open("r+b") as file:  # NFS locks need the right to write
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

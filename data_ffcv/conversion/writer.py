@@ -25,7 +25,7 @@ from data_ffcv.beton.layout import (
 )
 from data_ffcv.conversion.encoding import Encoded, Encoding
 from data_ffcv.errors import DataError
-from data_ffcv.sources import Source
+from data_ffcv.sources import ImageSource
 
 PAGE_SIZE = 8 << 20  # FFCV's default
 _RUN = 32  # samples a thread takes at once: fewer, and threads mostly wait for one another
@@ -52,7 +52,7 @@ class Written:
 
 def write_beton(
     file: BinaryIO,
-    source: Source,
+    source: ImageSource,
     indices: np.ndarray,
     encoding: Encoding,
     *,
@@ -76,7 +76,7 @@ def write_beton(
         OSError: the file cannot be written.
     """
     labels = source.labels
-    writer = _PageWriter(file, len(indices), has_masks=labels is None)
+    writer = PageWriter(file, len(indices), has_masks=labels is None)
     written = Written()
     for index, sample in _encode_all(source, indices, encoding, num_workers):
         if isinstance(sample, Exception):
@@ -105,14 +105,14 @@ def _reason(error: Exception) -> str:
 
 
 def _encode_all(
-    source: Source, indices: np.ndarray, encoding: Encoding, num_workers: int
+    source: ImageSource, indices: np.ndarray, encoding: Encoding, num_workers: int
 ) -> Iterator[tuple[int, Encoded | Exception]]:
     """Yields (index, sample or what went wrong) in order; few samples are in memory at once."""
 
     def encode(run: np.ndarray) -> list[tuple[int, Encoded | Exception]]:
         return [(index, _try_encode(source, index, encoding)) for index in run.tolist()]
 
-    pending: deque[Future] = deque()
+    pending: deque[Future[list[tuple[int, Encoded | Exception]]]] = deque()
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="convert")
     try:
         for start in range(0, len(indices), _RUN):
@@ -125,7 +125,7 @@ def _encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _try_encode(source: Source, index: int, encoding: Encoding) -> Encoded | Exception:
+def _try_encode(source: ImageSource, index: int, encoding: Encoding) -> Encoded | Exception:
     try:
         return encoding.encode(source.read(index), index)
     except MemoryError:
@@ -134,10 +134,10 @@ def _try_encode(source: Source, index: int, encoding: Encoding) -> Encoded | Exc
         return error
 
 
-class _PageWriter:
+class PageWriter:
     """Lays samples out as FFCV does: none crosses a page, and data begins behind the metadata.
 
-    Room is reserved for the metadata of `max_samples`; if fewer come, a gap stays that no reader
+    Space is reserved for the metadata of `max_samples`; if fewer come, a gap stays that no reader
     looks at.
     """
 
@@ -152,7 +152,7 @@ class _PageWriter:
         file.seek(self._position)
 
     def add(self, sample: Encoded, label: int) -> None:
-        self._find_room(sample.num_bytes)
+        self._find_space(sample.num_bytes)
         row, regions = self._rows[self._num_samples], self._table[self._num_samples]
         row["image"] = (sample.mode, sample.width, sample.height, self._position)
         regions["sample_id"] = self._num_samples
@@ -164,7 +164,7 @@ class _PageWriter:
             row["label"] = label
         self._num_samples += 1
 
-    def _find_room(self, num_bytes: int) -> None:
+    def _find_space(self, num_bytes: int) -> None:
         # A multiple of a larger power of two is one of the smaller: what is written stays valid.
         while num_bytes > self._page_size:
             self._page_size *= 2

@@ -1,1 +1,1 @@
-"""From encoded images to batches of augmented pixels."""
+"""From stored images to batches of augmented pixels: the decoder, its kernels, the colours."""

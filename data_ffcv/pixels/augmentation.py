@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from data_ffcv.beton.info import BetonInfo
 from data_ffcv.errors import DataError
+from data_ffcv.sources.folder_info import ImagesInfo
 
 KINDS = ("random_resized_crop", "pad_crop", "center_crop", "random_scale_crop")
 INTERPOLATIONS = ("bicubic", "area")
@@ -157,12 +157,12 @@ class Augmentation:
         """Width of the result, in pixels."""
         return to_pair(self.image_size)[1]
 
-    def check_fits(self, info: BetonInfo) -> None:
+    def check_fits(self, info: ImagesInfo) -> None:
         """Raises DataError when some image of the file is too small to be cut."""
         if self.kind == "pad_crop":
-            border, mend = 2 * self.padding, "raise padding"
+            border, fix = 2 * self.padding, "raise padding"
         elif self.kind == "center_crop" and self.resize is None:
-            border, mend = 0, f"set resize to {self.image_size} or more"
+            border, fix = 0, f"set resize to {self.image_size} or more"
         else:
             return  # crops that are resized or filled fit any image
         sides = (("high", info.min_height, self.height), ("wide", info.min_width, self.width))
@@ -170,7 +170,7 @@ class Augmentation:
             _require(
                 smallest + border >= needed,
                 f"{info.path} holds an image only {smallest} pixels {name}, too small for "
-                f"{self.kind} to {self.image_size}; {mend}",
+                f"{self.kind} to {self.image_size}; {fix}",
             )
 
     def _covers(self, resize: int | tuple[int, int]) -> bool:
@@ -180,12 +180,12 @@ class Augmentation:
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Returns (height, width); one number is the side of a square."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def _is_size(size: int | tuple[int, int]) -> bool:
-    pair = to_pair(size)
-    return len(pair) == 2 and min(pair) >= 1
+    return size >= 1 if isinstance(size, int) else len(size) == 2 and min(size) >= 1
 
 
 def _require(condition: bool, message: str) -> None:

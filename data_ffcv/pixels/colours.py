@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from data_ffcv.errors import DataError
 from data_ffcv.pixels.augmentation import Augmentation
-from data_ffcv.sources.torchvision_import import mend_torchvision
+from data_ffcv.sources.torchvision_import import fix_torchvision_import
 
 _IMAGENET_MEAN = (124, 116, 104)  # of 255; MAE fills with it on every data set
 _SOLARIZE_THRESHOLD = 128
@@ -39,10 +39,10 @@ class Colours:
     """
 
     def __init__(self, augmentation: Augmentation, seed: int, view: int) -> None:
-        mend_torchvision()
+        fix_torchvision_import()
         self.augmentation = augmentation
         self._key = np.array([seed, view], np.uint64)
-        self._rand_augment = _RandAugment(augmentation) if augmentation.auto_augment else None
+        self._rand_augment = SeededRandAugment(augmentation) if augmentation.auto_augment else None
 
     def __call__(self, pixels: np.ndarray, epoch: int, sample: int) -> None:
         """Changes uint8 [height, width, 3] in place, by (seed, view, epoch, sample) alone."""
@@ -93,13 +93,17 @@ def _jitter(
     return image
 
 
-class _RandAugment:
-    """timm's RandAugment with its random draws taken from a given generator."""
+class SeededRandAugment:
+    """timm's RandAugment with its random draws taken from the caller's generator.
+
+    Attributes:
+        transform: timm's, which holds the operations and their weights.
+    """
 
     def __init__(self, augmentation: Augmentation) -> None:
         config = augmentation.auto_augment
         self._timm = _load_auto_augment()
-        self._transform = self._timm.rand_augment_transform(
+        self.transform = self._timm.rand_augment_transform(
             config,
             {
                 "translate_const": int(0.45 * min(augmentation.height, augmentation.width)),
@@ -107,15 +111,15 @@ class _RandAugment:
                 "interpolation": Image.Resampling.BICUBIC,
             },
         )
-        weighted = self._transform.choice_weights is not None
-        if weighted and self._transform.num_layers > len(self._transform.ops):
+        weighted = self.transform.choice_weights is not None
+        if weighted and self.transform.num_layers > len(self.transform.ops):
             raise DataError(
-                f"auto_augment {config!r} chooses among {len(self._transform.ops)} weighted "
+                f"auto_augment {config!r} chooses among {len(self.transform.ops)} weighted "
                 "operations without repetition; lower n"
             )
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        transform = self._transform
+        transform = self.transform
         weights = transform.choice_weights
         chosen = rng.choice(
             len(transform.ops), transform.num_layers, replace=weights is None, p=weights
@@ -148,7 +152,7 @@ def _load_auto_augment() -> ModuleType:
     spec.loader.exec_module(module)
     if module.random is not random:
         raise RuntimeError("timm.data.auto_augment no longer draws from `random`; pin timm 1.0")
-    module.random = _ThreadRandom()
+    vars(module)["random"] = _ThreadRandom()
     return module
 
 
@@ -163,10 +167,10 @@ def erase(images: torch.Tensor, augmentation: Augmentation, keys: Iterable[int])
         augmentation: Gives `random_erasing_prob`.
         keys: In [0, 2^64), one for each image: the draws of one image depend on no other.
     """
-    mend_torchvision()
+    fix_torchvision_import()
     from timm.data.random_erasing import RandomErasing
 
-    eraser = RandomErasing(augmentation.random_erasing_prob, mode="pixel", device=images.device)
+    eraser = RandomErasing(augmentation.random_erasing_prob, mode="pixel", device=images.device)  # type: ignore[no-untyped-call]
     with _kept_states(images.device):
         for image, key in zip(images, keys, strict=True):
             _seed(key, images.device)

@@ -3,15 +3,12 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from data_ffcv.beton.layout import IGNORED
+from data_ffcv.pixels.compiling import compile_inner
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 Box = tuple[int, int, int, int]  # top, left, height, width
-
-# For functions that only compiled code calls.
-compile = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 class Image(NamedTuple):
@@ -22,7 +19,7 @@ class Image(NamedTuple):
     """
 
     values: np.ndarray
-    start: int  # position of the first pixel
+    start: int | np.int64  # position of the first pixel
     row_step: int  # from one row to the next
     column_step: int
 
@@ -37,7 +34,7 @@ class Cut(NamedTuple):
     flip: bool
 
 
-@compile
+@compile_inner
 def fill(colour: tuple[int, int, int], size: Pair, out: Image) -> None:
     """Paints an image of `size`."""
     values = out.values
@@ -50,7 +47,7 @@ def fill(colour: tuple[int, int, int], size: Pair, out: Image) -> None:
             i += np.uintp(out.column_step)
 
 
-@compile
+@compile_inner
 def copy(image: Image, cut: Cut, out: Image) -> None:
     """Writes what a cut without a resize finds inside the image."""
     values, results = image.values, out.values
@@ -69,7 +66,7 @@ def copy(image: Image, cut: Cut, out: Image) -> None:
             j += step
 
 
-@compile
+@compile_inner
 def _nearest_pixels(in_size: int, out_size: int, first: int, count: int) -> np.ndarray:
     """Returns the source pixel of resized pixels first ... first + count - 1; -1 outside."""
     pixels = np.full(count, -1, np.int64)
@@ -82,7 +79,7 @@ def _nearest_pixels(in_size: int, out_size: int, first: int, count: int) -> np.n
     return pixels
 
 
-@compile
+@compile_inner
 def cut_mask(mask: Image, cut: Cut, size: Pair, out: Image) -> None:
     """Writes a cut of a mask to out [size]: the nearest pixels, 255 outside of the mask."""
     values, results = mask.values, out.values

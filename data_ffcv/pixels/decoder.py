@@ -1,4 +1,4 @@
-"""Fills batches: decodes, augments and labels samples in a pool of threads of the stream's own.
+"""Fills batches: decodes, augments and labels samples in a pool of threads that the stream owns.
 
 numba's parallel loops would need a threading layer that survives several loaders at once
 (workqueue aborts, OpenMP dies after a fork, TBB may hang at exit) and would compile for every
@@ -15,10 +15,10 @@ import numpy as np
 
 from data_ffcv.beton.layout import IGNORED
 from data_ffcv.errors import DataError
-from data_ffcv.pixels import kernels as _kernels
 from data_ffcv.pixels.augmentation import Augmentation
 from data_ffcv.pixels.colours import Colours
-from data_ffcv.pixels.images import Images
+from data_ffcv.pixels.images import StoredImages
+from data_ffcv.pixels.kernels import augment_images, to_settings
 from data_ffcv.pixels.normalise import normalise_pixels
 from data_ffcv.pixels.scaling import Scaling
 from data_ffcv.sources.folder_info import ImagesInfo
@@ -47,7 +47,7 @@ class Decoder:
 
     def __init__(
         self,
-        images: Images,
+        images: StoredImages,
         info: ImagesInfo,
         views: Sequence[Augmentation],
         *,
@@ -65,15 +65,15 @@ class Decoder:
             seed: Of this stream alone; decides crops, flips and colours.
             fill: Colour of what lies outside an image, three values in 0 ... 255.
             num_workers: Number of threads.
-            scaling: Of `_scaling.to_scaling`, to normalise; None leaves images as bytes.
+            scaling: Of `scaling.to_scaling`, to normalise; None leaves images as bytes.
         """
         self._images, self._info, self._views, self._scaling = images, info, views, scaling
-        self._settings = [_kernels.to_settings(a, seed, v, fill) for v, a in enumerate(views)]
+        self._settings = [to_settings(a, seed, v, fill) for v, a in enumerate(views)]
         self._colours = [
             Colours(a, seed, v) if a.changes_colours else None for v, a in enumerate(views)
         ]
         self._num_workers = num_workers
-        self._workers = workers = set()
+        self._workers = workers = set[int]()
         self._pool = ThreadPoolExecutor(
             num_workers, "decode", initializer=lambda: workers.add(get_ident())
         )
@@ -91,7 +91,7 @@ class Decoder:
         """
         self._images.check_unchanged()
         *_, targets = batch
-        if not self._info.has_masks:
+        if self._info.labels is not None:
             targets[:] = self._info.labels[indices]
         bounds = np.linspace(0, len(indices), self._num_workers + 1).astype(int)
         runs = [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
@@ -176,5 +176,5 @@ class Decoder:
         masks: np.ndarray,
     ) -> None:
         for settings, out in zip(self._settings, outs, strict=True):
-            _kernels.augment_images(pixels, self._images.masks, table, epoch, settings, out, masks)
+            augment_images(pixels, self._images.masks, table, epoch, settings, out, masks)
             masks = _NO_MASKS  # those of the first view only

@@ -11,7 +11,7 @@ from data_ffcv.sources.folder_info import FolderInfo, ImagesInfo
 _NO_BYTES = np.empty(0, np.uint8)
 
 
-class Images(Protocol):
+class StoredImages(Protocol):
     """Samples that can be decoded, by any number of threads.
 
     Attributes:
@@ -63,6 +63,6 @@ class FolderImages:
         return self._info.read(index)
 
 
-def open_images(info: ImagesInfo) -> Images:
+def open_images(info: ImagesInfo) -> StoredImages:
     """Returns where the pixels of a checked file or folder come from."""
     return BetonImages(info) if isinstance(info, BetonInfo) else FolderImages(info)

@@ -4,25 +4,20 @@ Randomness is counter-based: every draw is a pure function of (seed, epoch, samp
 the draw). There is no generator state, so pixels do not depend on workers, ranks or a resume.
 """
 
-import logging
 import math
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from data_ffcv.pixels import crops as _crops
-from data_ffcv.pixels import resample as _resample
+from data_ffcv.beton.layout import IGNORED
+from data_ffcv.pixels import crops, resample
 from data_ffcv.pixels.augmentation import KINDS, Augmentation, to_pair
-from data_ffcv.pixels.crops import IGNORED, Box, Cut, Image, Pair, compile, copy, cut_mask, fill
+from data_ffcv.pixels.compiling import compile_cached, compile_inner
+from data_ffcv.pixels.crops import Box, Cut, Image, Pair, copy, cut_mask, fill
 from data_ffcv.pixels.resample import make_scratch, resize
 
-logger = logging.getLogger(__name__)
-
-RANDOM_RESIZED_CROP, PAD_CROP, CENTER_CROP, RANDOM_SCALE_CROP = range(4)  # as augment.KINDS
+RANDOM_RESIZED_CROP, PAD_CROP, CENTER_CROP, RANDOM_SCALE_CROP = range(4)  # positions in `KINDS`
 _NUM_WINDOWS = 10  # of random_scale_crop, until one has enough different classes
 
 
@@ -74,7 +69,7 @@ def to_settings(
     )
 
 
-@compile
+@compile_inner
 def _mix(x: np.uint64) -> np.uint64:
     """splitmix64's finaliser (Steele et al. 2014): a bijection of 64 bits that avalanches."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -82,7 +77,7 @@ def _mix(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-@compile
+@compile_inner
 def _sample_key(settings: Settings, epoch: int, sample: int) -> np.uint64:
     key = _mix(_mix(_mix(settings.seed) + np.uint64(epoch)) + np.uint64(sample))
     view = settings[1]  # numba takes the field's name for numpy's method
@@ -90,20 +85,20 @@ def _sample_key(settings: Settings, epoch: int, sample: int) -> np.uint64:
     return _mix(key + np.uint64(view) * np.uint64(0xD1342543DE82EF95)) if view > 0 else key
 
 
-@compile
+@compile_inner
 def _uniform(key: np.uint64, draw: int) -> float:
     """Returns draw number `draw` of a sample, in [0, 1)."""
     bits = _mix(key + np.uint64(draw + 1) * np.uint64(0x9E3779B97F4A7C15))
     return float(bits >> np.uint64(11)) * 2.0**-53
 
 
-@compile
+@compile_inner
 def _randint(key: np.uint64, draw: int, high: int) -> int:
     """Returns an integer in [0, high]."""
     return int(_uniform(key, draw) * (high + 1))
 
 
-@compile
+@compile_inner
 def _random_box(key: np.uint64, height: int, width: int, settings: Settings) -> Box:
     """Random crop (top, left, height, width), as torchvision's RandomResizedCrop draws it."""
     log_low, log_high = math.log(settings.ratio_low), math.log(settings.ratio_high)
@@ -124,7 +119,7 @@ def _random_box(key: np.uint64, height: int, width: int, settings: Settings) -> 
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-@compile
+@compile_inner
 def _resized_shape(height: int, width: int, target: Pair) -> Pair:
     """Smallest shape of the image's aspect that covers `target`; (0, 0) changes nothing.
 
@@ -137,7 +132,7 @@ def _resized_shape(height: int, width: int, target: Pair) -> Pair:
     return int(target[1] * height / width), target[1]
 
 
-@compile
+@compile_inner
 def _scaled_shape(key: np.uint64, height: int, width: int, settings: Settings) -> Pair:
     """Shape of the whole image after ``random_scale_crop`` has applied its random factor."""
     factor = settings.scale_low + _uniform(key, 1) * (settings.scale_high - settings.scale_low)
@@ -146,7 +141,7 @@ def _scaled_shape(key: np.uint64, height: int, width: int, settings: Settings) -
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-@compile
+@compile_inner
 def _draw_cut(
     key: np.uint64, attempt: int, height: int, width: int, flip: bool, settings: Settings
 ) -> Cut:
@@ -171,9 +166,9 @@ def _draw_cut(
     return Cut(box, shape, (top, left), size, flip)
 
 
-@compile
+@compile_inner
 def _is_varied(mask: Image, shape: Pair, max_class_ratio: float) -> bool:
-    """Whether a mask has labels, and no class more of them than the given share."""
+    """Whether a mask has labels, and no class more of them than `max_class_ratio`."""
     counts = np.zeros(256, np.int64)
     values = mask.values
     for i in range(shape[0] * shape[1]):
@@ -184,7 +179,7 @@ def _is_varied(mask: Image, shape: Pair, max_class_ratio: float) -> bool:
     return 0 < largest <= max_class_ratio * total
 
 
-@compile
+@compile_inner
 def _cut_with_mask(
     key: np.uint64, shape: Pair, settings: Settings, mask: Image, has_mask: bool, out: Image
 ) -> Cut:
@@ -201,8 +196,16 @@ def _cut_with_mask(
     return cut
 
 
-def _make_augment_images(sources: int) -> Callable:
-    def augment_images(pixels, masks, table, epoch, settings, out, out_masks):  # as below
+def _make_augment_images(sources: int) -> Callable[..., None]:
+    def augment_images(
+        pixels: np.ndarray,
+        masks: np.ndarray,
+        table: np.ndarray,
+        epoch: int,
+        settings: Settings,
+        out: np.ndarray,
+        out_masks: np.ndarray,
+    ) -> None:  # as below
         sources  # noqa: B018  # see compile_cached
         values, mask_values = out.reshape(-1), out_masks.reshape(-1)
         num_rows, num_columns = settings.image_size
@@ -225,27 +228,7 @@ def _make_augment_images(sources: int) -> Callable:
     return augment_images
 
 
-def compile_cached(make: Callable[[int], Callable], *paths: str) -> Callable:
-    """Compiles an entry point, with all it calls, and keeps the code on disk.
-
-    Args:
-        make: Returns the function, which uses make's argument: numba's cache notices a change of
-            the file that the function is in, and of the variables around it, but of no other file.
-        paths: All files that shape the compiled code.
-    """
-    function = make(zlib.crc32(b"".join(Path(path).read_bytes() for path in paths)))
-    options = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:
-        # Neither the package's folder nor the user's cache folder can be written.
-        logger.warning("set NUMBA_CACHE_DIR to a writable folder to start streams faster")
-        return njit(function, **options)
-
-
-_augment_images = compile_cached(
-    _make_augment_images, __file__, _crops.__file__, _resample.__file__
-)
+_augment_images = compile_cached(_make_augment_images, __file__, crops.__file__, resample.__file__)
 
 
 class _Writable:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_ffcv.pixels.kernels import compile_cached
+from data_ffcv.pixels.compiling import compile_cached
 
 
-def _make_normalise(source: int) -> Callable:
-    def normalise_pixels(images, factor, shift, out):  # as below
+def _make_normalise(source: int) -> Callable[..., None]:
+    def normalise_pixels(
+        images: np.ndarray, factor: np.ndarray, shift: np.ndarray, out: np.ndarray
+    ) -> None:  # as below
         source  # noqa: B018  # see compile_cached
         count, num_pixels = images.shape[0], images.shape[1] * images.shape[2]
         values, target = images.reshape(count, 3 * num_pixels), out.reshape(count, 3, num_pixels)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_ffcv.pixels.crops import Cut, Image, Pair, compile
+from data_ffcv.pixels.compiling import compile_inner
+from data_ffcv.pixels.crops import Cut, Image, Pair
 
 # Pillow's fixed point: weights have 22 fractional bits, each pass rounds to 8 bits.
 _BITS = 22
@@ -17,9 +18,11 @@ _HALF = 1 << (_BITS - 1)
 _NUM_LANES = 32  # rows that are transposed and resized along x at once
 _LANES_STEP = 4 * _NUM_LANES  # bytes of one column of them; a pixel has four
 
-Line = tuple[int, int, int]  # output pixels of an axis: first, step to the next, count
+Line = tuple[int, int | np.int64, int]  # output pixels of an axis: first, step to the next, count
 Axis = tuple[np.ndarray, np.ndarray]  # what _axis_weights returns
-Quad = tuple[int, int, int, int]  # of four neighbouring taps
+# Of four neighbouring taps: where their rows begin, and their weights in fixed point.
+Positions = tuple[np.uintp, np.uintp, np.uintp, np.uintp]
+Taps = tuple[np.int32, np.int32, np.int32, np.int32]
 
 
 class Scratch(NamedTuple):
@@ -31,7 +34,7 @@ class Scratch(NamedTuple):
     sums: np.ndarray  # int32, _HALF between calls
 
 
-@compile
+@compile_inner
 def make_scratch(table: np.ndarray, size: Pair) -> Scratch:
     """Returns memory for images whose heights and widths end the table's rows."""
     height, width = 1, 1
@@ -46,7 +49,7 @@ def make_scratch(table: np.ndarray, size: Pair) -> Scratch:
     return Scratch(columns, results, middle, sums)
 
 
-@compile
+@compile_inner
 def _cubic(x: float) -> float:
     """Keys' cubic kernel with a = -0.5, which Pillow uses."""
     x = abs(x)
@@ -55,7 +58,7 @@ def _cubic(x: float) -> float:
     return near if x < 1.0 else (far if x < 2.0 else 0.0)
 
 
-@compile
+@compile_inner
 def _tap_ranges(scale: float, in_size: int, line: Line, bicubic: bool) -> Axis:
     """Returns the first source pixel of each output pixel, and the one behind its last."""
     first, step, count = line
@@ -73,7 +76,7 @@ def _tap_ranges(scale: float, in_size: int, line: Line, bicubic: bool) -> Axis:
     return starts, ends
 
 
-@compile
+@compile_inner
 def _axis_weights(in_size: int, out_size: int, line: Line, bicubic: bool) -> Axis:
     """Weights that make some output pixels of one resized axis.
 
@@ -108,8 +111,8 @@ def _axis_weights(in_size: int, out_size: int, line: Line, bicubic: bool) -> Axi
     return starts, weights
 
 
-@compile
-def _quad(image: Image, num_rows: int, axis: Axis, k: int, i: int) -> tuple[Quad, Quad]:
+@compile_inner
+def _quad(image: Image, num_rows: int, axis: Axis, k: int, i: int) -> tuple[Positions, Taps]:
     """Returns where the rows of taps k ... k + 3 of output row i begin, and their weights."""
     starts, weights = axis
     row, last = starts[i] + k, num_rows - 1  # rows behind the last have no weight
@@ -122,8 +125,8 @@ def _quad(image: Image, num_rows: int, axis: Axis, k: int, i: int) -> tuple[Quad
     return positions, (weights[k, i], weights[k + 1, i], weights[k + 2, i], weights[k + 3, i])
 
 
-@compile
-def _dot(values: np.ndarray, positions: Quad, weights: Quad, i: int) -> int:
+@compile_inner
+def _dot(values: np.ndarray, positions: Positions, weights: Taps, i: np.uintp) -> np.int32:
     a, b, c, d = positions
     return np.int32(
         weights[0] * np.int32(values[a + i])
@@ -133,13 +136,13 @@ def _dot(values: np.ndarray, positions: Quad, weights: Quad, i: int) -> int:
     )
 
 
-@compile
-def _clip(fixed_point: int) -> int:
+@compile_inner
+def _clip(fixed_point: np.int32) -> np.uint8:
     value = np.int32(fixed_point >> np.int32(_BITS))
     return np.uint8(min(max(value, np.int32(0)), np.int32(255)))
 
 
-@compile
+@compile_inner
 def _resize_rows(
     image: Image,
     num_rows: int,
@@ -166,7 +169,7 @@ def _resize_rows(
             results[target + j] = _clip(total)
 
 
-@compile
+@compile_inner
 def _copy_pixels(image: Image, num_rows: int, num_columns: int, out: Image) -> None:
     """Copies an image between layouts; each pixel has three bytes or four.
 
@@ -190,7 +193,7 @@ def _copy_pixels(image: Image, num_rows: int, num_columns: int, out: Image) -> N
         results[j + two] = values[i + two]
 
 
-@compile
+@compile_inner
 def _resize_columns(
     image: Image, num_rows: int, num_columns: int, axis: Axis, out: Image, scratch: Scratch
 ) -> None:
@@ -207,7 +210,7 @@ def _resize_columns(
         _copy_pixels(Image(results, 0, 4, _LANES_STEP), count, len(axis[0]), target)
 
 
-@compile
+@compile_inner
 def _axes(cut: Cut, bicubic: bool) -> tuple[Axis, Axis]:
     """Returns what makes the rows of a cut, and what makes its columns."""
     step = np.int64(1)  # a literal would compile everything twice
@@ -218,7 +221,7 @@ def _axes(cut: Cut, bicubic: bool) -> tuple[Axis, Axis]:
     return axis_y, _axis_weights(cut.box[3], cut.shape[1], columns, bicubic)
 
 
-@compile
+@compile_inner
 def resize(image: Image, cut: Cut, bicubic: bool, out: Image, scratch: Scratch) -> None:
     """Writes a cut of an image; the window lies within the resized image.
 

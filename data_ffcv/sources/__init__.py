@@ -5,11 +5,12 @@ image, mask, notes = source.read(0)
 source.classes[source.labels[0]]
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from data_ffcv.errors import DataError
 from data_ffcv.sources.arrays import ArraySource, open_fashion_mnist, open_idx
-from data_ffcv.sources.base import IMAGE_SUFFIXES, Sample, Source
+from data_ffcv.sources.base import IMAGE_SUFFIXES, ImageSource, Sample
 from data_ffcv.sources.cifar import open_cifar
 from data_ffcv.sources.folder import FolderSource, open_image_folder
 from data_ffcv.sources.huggingface import open_hugging_face
@@ -22,8 +23,8 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "ArraySource",
     "FolderSource",
+    "ImageSource",
     "Sample",
-    "Source",
     "default_part",
     "open_source",
     "read_image",
@@ -40,7 +41,7 @@ _SETTINGS = {  # format: the settings that it knows
     "webdataset": ("classes",),
     "huggingface": ("part", "classes"),
 }
-_OPENERS = {
+_OPENERS: dict[str, Callable[..., ImageSource]] = {
     "imagefolder": open_image_folder,
     "cifar10": open_cifar,
     "cifar100": open_cifar,
@@ -54,7 +55,7 @@ FORMATS = tuple(_OPENERS)
 
 
 def default_part(format: str) -> str | None:
-    """Returns the part of a collection that is taken where none is given; None: it has no parts."""
+    """Returns the part of a collection that is read by default; None where it has no parts."""
     return "train" if "part" in _SETTINGS[format] else None
 
 
@@ -67,7 +68,7 @@ def open_source(
     classes: str | Path | None = None,
     ignore_index: int | None = None,
     download: bool = False,
-) -> Source:
+) -> ImageSource:
     """Opens a collection of images.
 
     Args:
@@ -86,19 +87,20 @@ def open_source(
     """
     if format not in FORMATS:
         raise DataError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    given = {
+    wanted = {
         "part": part,
         "labels": Path(labels) if labels is not None else None,
         "classes": Path(classes) if classes is not None else None,
         "ignore_index": ignore_index,
         "download": download or None,
     }
-    for name, value in given.items():
+    for name, value in wanted.items():
         if value is not None and name not in _SETTINGS[format]:
             raise DataError(f"{name} is not for {format}; leave it out")
-    settings = {name: value for name, value in given.items() if value is not None}
-    if default_part(format):
-        settings.setdefault("part", default_part(format))
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    default = default_part(format)
+    if default is not None:
+        settings.setdefault("part", default)
     if format.startswith("cifar"):
         settings["num_classes"] = int(format.removeprefix("cifar"))
     try:
@@ -106,5 +108,5 @@ def open_source(
     except OSError as error:
         raise DataError(
             f"{error.filename or path} cannot be read ({error.strerror or error}); allow reading, "
-            "or mend or remove it"
+            "or fix or remove it"
         ) from error

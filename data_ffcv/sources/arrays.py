@@ -76,19 +76,19 @@ def open_idx(path: Path, part: str, classes: tuple[str, ...] | None = None) -> A
 def _find_idx(folder: Path, part: str) -> Path:
     check_part(part)
     prefixes = ("train",) if part == "train" else ("t10k", "test")
-    found = {
+    candidates = {
         file
         for prefix in prefixes
         for file in folder.glob(f"*{prefix}-images[-.]idx3-ubyte*")
         if file.suffix == ".gz" or not file.with_name(f"{file.name}.gz").exists()
     }
-    if not found:
+    if not candidates:
         expected = folder / f"{prefixes[0]}-images-idx3-ubyte.gz"
         raise DataError(f"{expected} does not exist; SRC must be the folder that holds it")
-    if len(found) > 1:
-        names = ", ".join(sorted(file.name for file in found))
+    if len(candidates) > 1:
+        names = ", ".join(sorted(file.name for file in candidates))
         raise DataError(f"{folder} holds several sets ({names}); give one of these files as SRC")
-    return found.pop()
+    return candidates.pop()
 
 
 def _with_or_without_gz(path: Path) -> Path:

@@ -33,16 +33,16 @@ class Sample(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Source(Protocol):
-    """Images that can be read one by one, from any thread and in any order.
+class ImageSource(Protocol):
+    """Images that can be read one by one, from any thread and in any order."""
 
-    Attributes:
-        classes: Class names; a label or a mask's value is a position in them.
-        labels: int64 [num_samples]; None for segmentation.
-    """
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label or a mask's value is a position in them."""
 
-    classes: tuple[str, ...]
-    labels: np.ndarray | None
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of each sample, int64 [num_samples]; None for segmentation."""
 
     def __len__(self) -> int:
         """Returns the number of samples."""
@@ -54,7 +54,7 @@ class Source(Protocol):
         """Returns a sample; raises some exception, which need not name it, if it is unreadable."""
 
 
-class PackedNames(Sequence[str]):
+class PackedNames:
     """An immutable list of names in one block of memory, a third of a list of strings."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -101,7 +101,7 @@ def number_labels(
 
     Args:
         texts: A class name or a class number per sample, from `file`.
-        classes: All class names in order. None: the names found, sorted, or, where all are
+        classes: All class names in order. None: the names in `texts`, sorted, or, where all are
             numbers, as many as the largest asks for.
         file: What an error names.
 
@@ -111,27 +111,27 @@ def number_labels(
     Raises:
         DataError: a class is not in `classes`.
     """
-    found = set(texts)
-    are_numbers = all(text.isascii() and text.isdigit() for text in found)
+    labels = set(texts)
+    are_numbers = all(text.isascii() and text.isdigit() for text in labels)
     if classes is None:
-        odd = sorted(text for text in found if re.fullmatch(r"[-+]?[\d.]+", text))
+        odd = sorted(text for text in labels if re.fullmatch(r"[-+]?[\d.]+", text))
         if odd and not are_numbers:  # sorted as names, 10 would come before 2
             raise DataError(
                 f"{file} mixes class numbers from 0 with something else (see {shorten(odd)}); "
-                "mend it or give the classes"
+                "fix it or give the classes"
             )
-        numbered = are_numbers and call_by_number(max(map(int, found)), file)
-        classes = numbered or tuple(sorted(found))
-    if are_numbers and not found.issubset(classes):
-        numbers = {text: int(text) for text in found}
+        numbered = are_numbers and call_by_number(max(map(int, labels)), file)
+        classes = numbered or tuple(sorted(labels))
+    if are_numbers and not labels.issubset(classes):
+        numbers = {text: int(text) for text in labels}
     else:
         positions = {name: number for number, name in enumerate(classes)}
-        numbers = {text: positions.get(text, len(classes)) for text in found}
-    unknown = sorted(text for text in found if numbers[text] >= len(classes))
+        numbers = {text: positions.get(text, len(classes)) for text in labels}
+    unknown = sorted(text for text in labels if numbers[text] >= len(classes))
     if unknown:
         raise DataError(
             f"{file} names classes that are not among the {len(classes)} given: "
-            f"{shorten(unknown)}; mend them or the file of classes"
+            f"{shorten(unknown)}; fix them or the file of classes"
         )
     return np.fromiter((numbers[text] for text in texts), np.int64, len(texts)), classes
 
@@ -155,7 +155,12 @@ def read_text(file: Path) -> str:
 def find_twice(names: Iterable[str]) -> list[str]:
     """Returns the names that come more than once, each time they come again."""
     seen: set[str] = set()
-    return [name for name in names if name in seen or seen.add(name)]
+    twice: list[str] = []
+    for name in names:
+        if name in seen:
+            twice.append(name)
+        seen.add(name)
+    return twice
 
 
 def printable(name: str) -> str:

@@ -73,7 +73,9 @@ def _read_files(path: Path, names: list[str]) -> dict[str, bytes]:
             for member in archive:  # in one pass: going back would unpack it again
                 name = member.name.split("/")[-1]
                 if name in names and member.isfile():
-                    contents[name] = archive.extractfile(member).read()
+                    content = archive.extractfile(member)
+                    assert content is not None  # only a folder or device has none
+                    contents[name] = content.read()
             return {name: contents[name] for name in names}
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist; extract the archive again") from error

@@ -76,24 +76,24 @@ def open_image_folder(
         raise DataError(f"{root} holds folders that are no class of {classes}: {shorten(unknown)}")
     names = names or tuple(called)
     numbers = {name: number for number, name in enumerate(names)}
-    counts = []
+    counts: list[int] = []
     files = PackedNames(_list_classes(root, folders, counts))
     label_of_folder = np.array([numbers[name] for name in called], dtype=np.int64)
     return FolderSource(root, names, np.repeat(label_of_folder, counts), files)
 
 
-def _is_class_folder(entry: os.DirEntry) -> bool:
+def _is_class_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir() and not entry.name.startswith(".")
 
 
 def _list_classes(root: Path, folders: list[str], counts: list[int]) -> Iterator[str]:
     """Yields the images of one folder after the other, and appends the count of each."""
     for folder in folders:
-        found = sorted(_image_files(root, folder))
-        if not found:
+        files = sorted(_image_files(root, folder))
+        if not files:
             raise DataError(f"{root / folder} holds no image; add some or remove the folder")
-        counts.append(len(found))
-        yield from found
+        counts.append(len(files))
+        yield from files
 
 
 def _image_files(root: Path, folder: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_ffcv.beton.info import BetonInfo, file_version, inspect_beton, side_path
 from data_ffcv.errors import DataError
+from data_ffcv.sources import open_source, read_size
 from data_ffcv.splits import conversion_order
 
 _NUM_TOGETHER = 256  # files that a thread takes at once
@@ -35,15 +36,15 @@ class FolderInfo:
 
     def __init__(self, path: Path) -> None:
         """Lists the folder; raises DataError when it is not one of class folders."""
-        from data_ffcv.sources import open_source
-
         self.path = path
         self._source = open_source("imagefolder", path)
         self._order = conversion_order(len(self._source))
         self.num_samples = len(self._order)
         self.classes = self._source.classes
         self.num_classes = len(self.classes)
-        self.labels = self._source.labels[self._order]
+        labels = self._source.labels
+        assert labels is not None  # of an ImageFolder
+        self.labels = labels[self._order]
 
     def read(self, index: int) -> np.ndarray:
         """Returns one image, uint8 [height, width, 3].
@@ -62,7 +63,7 @@ class FolderInfo:
             yield
         except Exception as error:
             raise DataError(
-                f"{self._source.name(number)} cannot be read ({error}); mend or remove it"
+                f"{self._source.name(number)} cannot be read ({error}); fix or remove it"
             ) from error
 
     @cached_property
@@ -73,8 +74,6 @@ class FolderInfo:
             return np.concatenate(list(pool.map(self._read_sizes, starts)))
 
     def _read_sizes(self, start: int) -> np.ndarray:
-        from data_ffcv.sources import read_size
-
         sizes = []
         for number in range(start, min(start + _NUM_TOGETHER, self.num_samples)):
             with self._naming(number):
@@ -106,7 +105,7 @@ ImagesInfo = BetonInfo | FolderInfo
 
 
 # What is in use now: streams of one unchanged file share its tables, those of a folder its list.
-_in_use: WeakValueDictionary[tuple, ImagesInfo] = WeakValueDictionary()
+_in_use: WeakValueDictionary[tuple[object, ...], ImagesInfo] = WeakValueDictionary()
 
 
 def inspect_images(path: str | Path) -> ImagesInfo:
@@ -117,7 +116,7 @@ def inspect_images(path: str | Path) -> ImagesInfo:
     """
     path = Path(path)
     is_folder = os.path.isdir(path)
-    # A path that is given otherwise is another entry: errors name what the caller gave.
+    # Another spelling of the path is another entry: errors name the caller's.
     key = (path, path.absolute(), *(_folder_versions(path) if is_folder else _versions(path)))
     info = _in_use.get(key)
     if info is None:
@@ -131,7 +130,7 @@ def _versions(path: Path) -> list[tuple[int, ...] | None]:
     return [file_version(file.stat()) if os.path.isfile(file) else None for file in files]
 
 
-def _folder_versions(path: Path) -> list[tuple]:
+def _folder_versions(path: Path) -> list[tuple[str | int, ...]]:
     """Tells when a class folder, or something directly in one, has come or gone."""
     with os.scandir(path) as entries:
         return sorted((e.name, *file_version(e.stat())) for e in entries if e.is_dir())

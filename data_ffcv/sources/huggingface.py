@@ -130,5 +130,5 @@ def _is_integer(datasets: Any, kind: Any) -> bool:
 def _only(columns: list[str], what: str, path: Path) -> str:
     if len(columns) == 1:
         return columns[0]
-    found = f"several {what} columns ({', '.join(columns)})" if columns else f"no {what} column"
-    raise DataError(f"{path} has {found}; keep exactly one, by select_columns, and save it again")
+    actual = f"several {what} columns ({', '.join(columns)})" if columns else f"no {what} column"
+    raise DataError(f"{path} has {actual}; keep exactly one, by select_columns, and save it again")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from data_ffcv.errors import DataError
 
@@ -47,7 +47,7 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(content: bytes) -> Iterator[Image.Image]:
+def open_image(content: bytes) -> Iterator[ImageFile.ImageFile]:
     """Opens an image with Pillow; whatever goes wrong with it in the block is a DataError."""
     if not content:
         raise DataError("the file is empty; get it again")
@@ -58,13 +58,14 @@ def open_image(content: bytes) -> Iterator[Image.Image]:
             yield image
     except DataError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise DataError(
             f"this is no image of a known format ({', '.join(_FORMATS)}); convert or remove it"
         ) from error
     except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where it is None nothing is refused
         raise DataError(
-            f"the image has more than {2 * Image.MAX_IMAGE_PIXELS} pixels, which may be an attack "
+            f"the image has more than {limit} pixels, which may be an attack "
             "on memory; shrink or remove it"
         ) from error
     # Pillow's readers raise whatever they meet in a damaged file.
@@ -72,8 +73,8 @@ def open_image(content: bytes) -> Iterator[Image.Image]:
         raise DataError(f"the image is damaged or truncated ({error}); get it again") from error
 
 
-def _to_rgb(image: Image.Image, content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    notes = []
+def _to_rgb(image: ImageFile.ImageFile, content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+    notes: list[str] = []
     if image.format != "MPO" and getattr(image, "is_animated", False):
         notes.append("first of several frames")  # an MPO's others are previews of the first
     # Once the pixels are decoded nothing tells 16-bit colour from 8-bit colour.
@@ -105,7 +106,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _convert(image: Image.Image) -> tuple[Image.Image, list[str]]:
     """Returns what Pillow decodes as RGB, and what was done for it."""
-    mode, notes = image.mode, []
+    mode = image.mode
+    notes: list[str] = []
     if mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM")) or mode == "LAB":
         raise DataError(
             f"the image has pixels of mode {mode}, whose range is not known; convert it to RGB "

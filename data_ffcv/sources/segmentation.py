@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data_ffcv.beton.layout import IGNORED
 from data_ffcv.errors import DataError
@@ -54,7 +54,7 @@ class SegmentationSource:
         if wrong.size:
             raise DataError(
                 f"its mask {file} holds the value {wrong[0]}, but there are {len(self.classes)} "
-                "classes; mend the mask, the file of classes or ignore_index"
+                "classes; fix the mask, the file of classes or ignore_index"
             )
 
 
@@ -137,7 +137,7 @@ def _count_classes(files: list[Path], table: np.ndarray) -> tuple[str, ...]:
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         num_classes = max(pool.map(largest, files)) + 1
     if not num_classes:
-        raise DataError(f"the masks beside {files[0]} show no class; mend them or ignore_index")
+        raise DataError(f"the masks beside {files[0]} show no class; fix them or ignore_index")
     return tuple(map(str, range(num_classes)))
 
 
@@ -154,7 +154,7 @@ def _read_mask(file: Path) -> np.ndarray:
         raise DataError(f"the mask {file} cannot be used: {error}") from error
 
 
-def _to_values(image: Image.Image) -> np.ndarray:
+def _to_values(image: ImageFile.ImageFile) -> np.ndarray:
     if image.format not in _EXACT:
         raise DataError(f"{image.format} alters values; write it as PNG")
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
@@ -163,8 +163,10 @@ def _to_values(image: Image.Image) -> np.ndarray:
             "channel (Pillow's mode L or P)"
         )
     args = image.tile[0].args if image.tile else ""
-    spread = _SPREAD.get(args if isinstance(args, str) else args[0], 1)
-    values = np.asarray(image).astype(np.int64 if image.mode.startswith("I") else np.uint8)
+    raw_mode = args[0] if isinstance(args, tuple) else args
+    spread = _SPREAD.get(raw_mode or "", 1)
+    dtype = np.dtype(np.int64 if image.mode.startswith("I") else np.uint8)
+    values: np.ndarray = np.asarray(image).astype(dtype)
     wrong = values[(values < 0) | (values > IGNORED)]
     if wrong.size:
         raise DataError(f"it holds the value {wrong[0]}; class numbers must be below {IGNORED}")

@@ -107,7 +107,7 @@ def expand_braces(pattern: str) -> list[str]:
     ]
 
 
-def _index_tars(tars: list[Path], texts: list[str], spans: array) -> Iterator[str]:
+def _index_tars(tars: list[Path], texts: list[str], spans: "array[int]") -> Iterator[str]:
     """Yields the key of each sample, and appends its label and its span."""
     for number, tar in enumerate(tars):
         with tar.open("rb") as file:
@@ -127,7 +127,7 @@ def _list_members(tar: Path) -> dict[str, dict[str, _Span]]:
     try:
         with tarfile.open(tar, "r:") as archive:
             while member := archive.next():
-                archive.members.clear()  # a kilobyte for each
+                archive.members.clear()  # type: ignore[attr-defined]  # a kilobyte for each
                 match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name)
                 if not match or not member.isfile():
                     continue
@@ -157,8 +157,8 @@ def _pick_parts(file: int, parts: dict[str, _Span], name: str) -> tuple[_Span, s
     """Returns where the image of a sample lies, and its label as text."""
     images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
     if len(images) != 1:
-        found = f"several images ({', '.join(images)})" if images else "no image"
-        raise DataError(f"{name} has {found}; each sample needs one")
+        actual = f"several images ({', '.join(images)})" if images else "no image"
+        raise DataError(f"{name} has {actual}; each sample needs one")
     try:
         return parts[images[0]], _read_label(file, parts)
     except (ValueError, KeyError, TypeError) as error:

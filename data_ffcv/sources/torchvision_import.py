@@ -5,7 +5,7 @@ import sys
 import torch
 
 
-def mend_torchvision() -> None:
+def fix_torchvision_import() -> None:
     """Makes `import torchvision` work where its compiled operators cannot load.
 
     The published torchvision wheels carry CUDA operators only. Beside a CPU build of torch they

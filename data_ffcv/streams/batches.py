@@ -16,7 +16,7 @@ from data_ffcv.pixels.decoder import Decoder
 BatchPlan = tuple[int, np.ndarray]
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A batch as a thread has loaded it: its plan, and the arrays of `Decoder`."""
 
     epoch: int
@@ -27,14 +27,14 @@ class Loaded(NamedTuple):
 BATCHES_AHEAD = 2  # a third would cost memory and, measured, gains nothing
 
 
-class PlannedBatches:
+class PlannedBatches(Thread):
     """Iterator over planned batches, loaded ahead by a thread, over any number of epochs.
 
-    A subclass is a thread as well, has `output_queue` and `terminate_event`, and loads a batch.
+    A subclass sets `output_queue` and `terminate_event`, starts the thread, and loads a batch.
     An exception of the thread is raised in the consumer.
     """
 
-    output_queue: Queue
+    output_queue: Queue["LoadedBatch | None"]
     terminate_event: Event
 
     def __init__(self, decoder: Decoder, plan: Iterator[BatchPlan], *args: Any) -> None:
@@ -51,7 +51,7 @@ class PlannedBatches:
     def run(self) -> None:
         try:
             for number, (epoch, indices) in enumerate(self._plan):
-                if not self._put(Loaded(epoch, indices, self.load(number, epoch, indices))):
+                if not self._put(LoadedBatch(epoch, indices, self.load(number, epoch, indices))):
                     return
         except BaseException as error:
             self._failure = error
@@ -59,7 +59,7 @@ class PlannedBatches:
             self._decoder.close(wait=False)
         self._put(None)
 
-    def _put(self, batch: Loaded | None) -> bool:
+    def _put(self, batch: LoadedBatch | None) -> bool:
         """Hands a batch to the consumer; False once the iterator is being closed."""
         while not self.terminate_event.is_set():
             try:
@@ -69,10 +69,10 @@ class PlannedBatches:
                 pass
         return False
 
-    def __iter__(self) -> Iterator[Loaded]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         return self
 
-    def __next__(self) -> Loaded:
+    def __next__(self) -> LoadedBatch:
         """Returns the next batch.
 
         Its arrays may be part of a ring of buffers: valid until the next batch is taken.
@@ -89,7 +89,7 @@ class PlannedBatches:
         """Ends the loading thread and the workers; returns when they are gone.
 
         Garbage collection may run this in one of these threads, which cannot wait for itself:
-        then it only tells them to end.
+        then it only asks them to end.
         """
         self.terminate_event.set()
         if current_thread() is self or self._decoder.runs_here():
@@ -108,7 +108,7 @@ class PlannedBatches:
         """Releases what the subclass holds."""
 
 
-class ThreadBatches(PlannedBatches, Thread):
+class ThreadBatches(PlannedBatches):
     """The backend without FFCV: a ring of pinned buffers for CUDA, memory to keep for the CPU."""
 
     def __init__(

@@ -1,14 +1,13 @@
 """The FFCV backend: our decoder and our iterator on FFCV's loader. The one place that imports FFCV.
 
-What its import and its loader do to the process is mended here:
+What its import and its loader do to the process is fixed here:
 
 * Importing it builds a two-entry numba dictionary, which costs 3.5 s of compilation (only Python
   code reads it, so a plain one serves), and sets the number of threads of torch and of numba,
   which starts numba's threading layer. `_quiet_import` keeps it from both.
 * Every loader sets these numbers again, compiles a reader and a pipeline, and keeps two
-  dictionaries of all samples (600 MB and 4 s for ImageNet). Our decoder is compiled once, by
-  itself, has threads of its own, and reads the file by its own tables, so `_bare` leaves all
-  that out.
+  dictionaries of all samples (600 MB and 4 s for ImageNet). Our decoder is compiled once, brings
+  its threads, and reads the file by its tables, so `_bare` leaves all that out.
 """
 
 import threading
@@ -25,11 +24,15 @@ from data_ffcv.pixels.decoder import Decoder
 from data_ffcv.streams.batches import BATCHES_AHEAD, BatchMemory, BatchPlan, PlannedBatches
 
 
+def _ignore(*args: object, **kwargs: object) -> None:
+    """Stands in for a function that sets the number of threads."""
+
+
 @contextmanager
 def _quiet_import() -> Iterator[None]:
     originals = typed.Dict, numba.set_num_threads, torch.set_num_threads
     typed.Dict = dict
-    numba.set_num_threads = torch.set_num_threads = lambda num_threads: None
+    numba.set_num_threads = torch.set_num_threads = _ignore
     try:
         yield
     finally:
@@ -54,6 +57,8 @@ _compiler_module.set_num_threads = numba.set_num_threads  # FFCV's name for it
 
 class _BareReader(Reader):
     """FFCV's reader of one sample's row in place of the tables of all."""
+
+    num_samples: int
 
     def read_metadata(self) -> None:
         self.num_samples = min(1, self.num_samples)
@@ -86,12 +91,12 @@ _bare_lock = threading.Lock()
 def _bare() -> Iterator[None]:
     """Lets FFCV take the functions of a pipeline as they are, while a loader is built.
 
-    For the whole process: another thread must not build a loader of FFCV's own meanwhile.
+    For the whole process: another thread must not build one of FFCV's loaders meanwhile.
     """
     with _bare_lock:
         _loader_module.Reader, _loader_module.OSCacheManager = _BareReader, _BareManager
         set_num_threads, is_enabled = Compiler.set_num_threads, Compiler.is_enabled
-        Compiler.set_num_threads = lambda num_threads: None
+        Compiler.set_num_threads = _ignore
         Compiler.set_enabled(False)
         try:
             yield
@@ -122,9 +127,12 @@ class _FusedDecoder(Operation):
         queries = tuple(AllocationQuery(a.shape, a.dtype) for a in self._decoder.arrays)
         return state, queries if self._pinned else None
 
-    def generate_code(self) -> Callable:
+    def generate_code(self) -> Callable[..., list[np.ndarray]]:
         def decode(
-            indices: np.ndarray, buffers: tuple | None, metadata: np.ndarray, storage: tuple
+            indices: np.ndarray,
+            buffers: tuple[np.ndarray, ...] | None,
+            metadata: np.ndarray,
+            storage: tuple[object, ...],
         ) -> list[np.ndarray]:
             batch = list(buffers) if buffers else self._memory.take(len(indices))
             self._decoder.decode(self.epoch, indices, batch)
@@ -136,8 +144,8 @@ class _FusedDecoder(Operation):
 class FfcvBatches(PlannedBatches, EpochIterator):
     """FFCV's iterator on a plan of ours.
 
-    Its own loses exceptions of its thread, leaks the thread when it is left early and sets torch's
-    thread count.
+    FFCV's loop loses exceptions of its thread, leaks the thread when it is left early and sets
+    torch's thread count.
     """
 
     # For `close`, where the constructor has failed.
@@ -170,7 +178,8 @@ class FfcvBatches(PlannedBatches, EpochIterator):
     def load(self, number: int, epoch: int, indices: np.ndarray) -> list[np.ndarray]:
         self._operation.epoch = epoch
         slot = number % (self.loader.batches_ahead + 2)
-        return self.run_pipeline(number, indices, slot, None)[0]
+        batch: list[np.ndarray] = self.run_pipeline(number, indices, slot, None)[0]
+        return batch
 
     # An attribute: `__del__` may ask for it when the interpreter has forgotten the module's names.
     close = EpochIterator.close

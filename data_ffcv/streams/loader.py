@@ -18,7 +18,8 @@ from data_ffcv.errors import DataError
 from data_ffcv.pixels.augmentation import Augmentation
 from data_ffcv.sources.folder_info import ImagesInfo
 from data_ffcv.splits import check_rank, shard_indices
-from data_ffcv.streams.pipeline import Backend, Batch, Pipeline, hash_seed
+from data_ffcv.streams.pipeline import Batch, Pipeline, hash_seed
+from data_ffcv.streams.settings import Backend, LoaderSettings, to_views
 
 if TYPE_CHECKING:
     from data_ffcv.streams.batches import BatchPlan, PlannedBatches
@@ -34,7 +35,6 @@ class Stream:
 
     Attributes:
         backend: ``ffcv`` or ``threads``.
-        num_batches_per_epoch: Full global batches in one pass over the samples.
         batches_drawn: Number of the next batch, counted from the stream's very beginning;
             as ``start_batch`` of a new stream it continues exactly here.
     """
@@ -43,12 +43,10 @@ class Stream:
         self,
         pipeline: Pipeline,
         plan: Iterator["BatchPlan"],
-        num_batches: int,
         start_batch: int,
         with_numbers: bool = False,
     ) -> None:
         self.backend = pipeline.backend
-        self.num_batches_per_epoch = num_batches
         self.batches_drawn = start_batch
         self._pipeline = pipeline
         self._with_numbers = with_numbers
@@ -97,10 +95,10 @@ class EvalLoader:
         self._pipeline = pipeline
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self._pipeline.batch_size)
+        return -(-len(self.indices) // self._pipeline.settings.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        size = self._pipeline.batch_size
+        size = self._pipeline.settings.batch_size
         starts = range(0, len(self.indices), size)
         batches = self._pipeline.start((0, self.indices[start : start + size]) for start in starts)
         try:
@@ -157,7 +155,7 @@ def open_stream(
         with_numbers: Each batch ends with the numbers of its samples in the file.
         num_workers: Decoding threads, at most the cores this process may use.
         backend: ``ffcv`` reads a ``.beton`` through FFCV's loader; ``threads`` reads it, or a
-            folder, with threads of its own, and gives the same batches. ``auto`` takes FFCV
+            folder, with Python threads, and gives the same batches. ``auto`` takes FFCV
             where it is installed and `path` is a file.
         device: Where the tensors go; to CUDA by an asynchronous copy from pinned memory.
 
@@ -165,9 +163,8 @@ def open_stream(
         DataError: the file is damaged, a setting is wrong or there are too few samples.
     """
     stream_seed = hash_seed(seed, name)
-    pipeline = Pipeline(
-        path,
-        augmentation,
+    settings = LoaderSettings(
+        views=to_views(augmentation),
         batch_size=batch_size,
         seed=stream_seed,
         mean=mean,
@@ -176,18 +173,18 @@ def open_stream(
         backend=backend,
         device=device,
     )
+    pipeline = Pipeline(path, settings)
     check_rank(rank, world_size)
     if start_batch < 0:
         raise DataError(f"start_batch must not be negative, got {start_batch}")
-    samples = _check_indices(pipeline.info, indices)
-    num_batches = len(samples) // (batch_size * world_size)
-    if num_batches == 0:
+    samples = check_indices(pipeline.info, indices)
+    if len(samples) < batch_size * world_size:
         raise DataError(
             f"{path}: {len(samples)} samples do not fill one global batch of "
             f"{batch_size * world_size}; lower batch_size"
         )
     plan = _plan_epochs(samples, stream_seed, batch_size, rank, world_size, start_batch)
-    return Stream(pipeline, plan, num_batches, start_batch, with_numbers)
+    return Stream(pipeline, plan, start_batch, with_numbers)
 
 
 def open_eval_loader(
@@ -211,9 +208,8 @@ def open_eval_loader(
     Raises:
         DataError: the file is damaged or a setting is wrong.
     """
-    pipeline = Pipeline(
-        path,
-        augmentation,
+    settings = LoaderSettings(
+        views=to_views(augmentation),
         batch_size=batch_size,
         seed=0,
         mean=mean,
@@ -222,7 +218,8 @@ def open_eval_loader(
         backend=backend,
         device=device,
     )
-    samples = shard_indices(_check_indices(pipeline.info, indices), rank, world_size)
+    pipeline = Pipeline(path, settings)
+    samples = shard_indices(check_indices(pipeline.info, indices), rank, world_size)
     return EvalLoader(pipeline, samples)
 
 
@@ -241,7 +238,12 @@ def _plan_epochs(
         epoch, first_batch = epoch + 1, 0
 
 
-def _check_indices(info: ImagesInfo, indices: np.ndarray | None) -> np.ndarray:
+def check_indices(info: ImagesInfo, indices: np.ndarray | None) -> np.ndarray:
+    """Returns which samples are wanted, int64 [n]; None stands for all.
+
+    Raises:
+        DataError: they are no list of numbers of samples.
+    """
     if indices is None:
         return np.arange(info.num_samples)
     try:

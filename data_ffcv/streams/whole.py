@@ -9,16 +9,17 @@ from data_ffcv.beton.images import BetonImages
 from data_ffcv.beton.layout import CONVERT, IGNORED
 from data_ffcv.beton.verify import read_mask
 from data_ffcv.errors import DataError
+from data_ffcv.sources.folder_info import FolderInfo
 from data_ffcv.splits import shard_indices
-from data_ffcv.streams.loader import _check_indices
-from data_ffcv.streams.pipeline import _open_unchanged
+from data_ffcv.streams.loader import check_indices
+from data_ffcv.streams.pipeline import open_unchanged
 
 
 class WholeImages:
     """Re-iterable pairs of image and mask, each exactly once over all ranks.
 
     An image is uint8 [height, width, 3], its mask uint8 [height, width] with 255 for pixels that
-    count nowhere; both are the caller's own. Nothing is cut, resized or normalised.
+    count nowhere; the caller may keep both. Nothing is cut, resized or normalised.
 
     Attributes:
         info: Of the checked file.
@@ -43,14 +44,15 @@ class WholeImages:
         Raises:
             DataError: the file is damaged or holds no masks, or an argument is wrong.
         """
-        self.info, images = _open_unchanged(Path(path))
-        if not isinstance(images, BetonImages) or not self.info.has_masks:
+        info, images = open_unchanged(Path(path))
+        if isinstance(info, FolderInfo) or not info.has_masks:
             raise DataError(
                 f"{path} holds no masks; give a .beton that python -m data_ffcv.convert "
                 "segmentation made"
             )
-        self._images = images
-        self.indices = shard_indices(_check_indices(self.info, indices), rank, world_size)
+        assert isinstance(images, BetonImages)  # as `info` is of a file
+        self.info, self._images = info, images
+        self.indices = shard_indices(check_indices(self.info, indices), rank, world_size)
 
     def __len__(self) -> int:
         return len(self.indices)

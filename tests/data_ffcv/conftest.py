@@ -1,4 +1,4 @@
-"""Small ``.beton`` files that the tests of this room share."""
+"""Small ``.beton`` files that the tests of this folder share."""
 
 import gzip
 import struct

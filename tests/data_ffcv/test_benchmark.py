@@ -30,17 +30,17 @@ SIZES = ("--num_small", "160", "--sizes", "32", "--batch_size", "8", "--seconds"
 
 def test_streams_are_measured(tmp_path):
     parts = ["--rounds", "1", "--parts", "throughput"]
-    found = run(tmp_path, *SIZES, "--libraries", "ours-threads", *parts)
-    assert {one["num_streams"] for one in found["throughput"]} == {1, 3}
-    assert all(len(one["rates"]) == 1 and min(one["rates"]) > 0 for one in found["throughput"])
+    results = run(tmp_path, *SIZES, "--libraries", "ours-threads", *parts)
+    assert {one["num_streams"] for one in results["throughput"]} == {1, 3}
+    assert all(len(one["rates"]) == 1 and min(one["rates"]) > 0 for one in results["throughput"])
 
 
 @pytest.mark.slow
 def test_contenders_take_turns(tmp_path):
     libraries = ["--libraries", "ours-threads", "dataloader"]
     parts = ["--rounds", "2", "--parts", "throughput", "conversion"]
-    found = run(tmp_path, *SIZES, *libraries, *parts)
-    names = {(one["library"], one["num_streams"]) for one in found["throughput"]}
+    results = run(tmp_path, *SIZES, *libraries, *parts)
+    names = {(one["library"], one["num_streams"]) for one in results["throughput"]}
     assert names == {(library, n) for library in libraries[1:] for n in (1, 3)}
-    measured = found["throughput"] + found["conversion"]
+    measured = results["throughput"] + results["conversion"]
     assert all(len(one["rates"]) == 2 and min(one["rates"]) > 0 for one in measured)

@@ -15,8 +15,8 @@ import pytest
 
 from data_ffcv import DataError, inspect_beton
 from data_ffcv.beton.info import side_path
-from data_ffcv.conversion import staging as _staging
-from data_ffcv.conversion.staging import Staging, _unlink_abandoned
+from data_ffcv.conversion import staging as staging_module
+from data_ffcv.conversion.staging import Staging, unlink_abandoned
 from data_ffcv.convert import convert, held_out_path, main
 from tests.data_ffcv.conftest import smooth_image
 
@@ -122,7 +122,7 @@ def test_disk_that_fills_up_at_the_end(
 
 def test_full_device(idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every write to /dev/full fails, also the one that closing the file repeats."""
-    monkeypatch.setattr(_staging, "_create_locked", lambda path: open("/dev/full", "wb"))  # noqa: SIM115
+    monkeypatch.setattr(staging_module, "create_locked", lambda path: open("/dev/full", "wb"))  # noqa: SIM115
     with pytest.raises(DataError, match=r"o\.beton cannot be written \(No space left on device\)"):
         convert("fashion-mnist", idx_folder, tmp_path / "o.beton", part="test")
     assert not list(tmp_path.iterdir())
@@ -212,7 +212,7 @@ def test_file_that_is_removed_before_it_is_locked_is_created_again(
     def look_first(file: BinaryIO, how: int) -> None:
         calls.append(how)
         if len(calls) == 1:
-            _unlink_abandoned(next(tmp_path.glob(".*.tmp")))
+            unlink_abandoned(next(tmp_path.glob(".*.tmp")))
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", look_first)
@@ -220,7 +220,7 @@ def test_file_that_is_removed_before_it_is_locked_is_created_again(
         assert (
             len(calls) == 3 and staging.path.stat().st_ino == os.fstat(staging.file.fileno()).st_ino
         )
-        _unlink_abandoned(staging.path)
+        unlink_abandoned(staging.path)
         assert staging.path.exists()
 
 
@@ -235,7 +235,7 @@ def test_living_file_of_an_abandoned_name_is_kept(tmp_path: Path, monkeypatch: p
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", be_late)
-    _unlink_abandoned(path)
+    unlink_abandoned(path)
     assert path.read_text() == "alive"
 
 

@@ -220,7 +220,7 @@ def test_shares_of_mask_pixels(segmentation_folder: Path, segmentation_beton: Pa
 
 
 def cut_tile(sheet: Image.Image, place: int, num_columns: int, size: tuple[int, int]) -> np.ndarray:
-    """The image of given (width, height) at the bottom left of a tile."""
+    """The image of the stated (width, height) at the bottom left of a tile."""
     row, column = divmod(place, num_columns)
     left, bottom = GAP + column * (TILE + GAP), GAP + row * (TILE + CAPTION + GAP) + TILE
     return np.asarray(sheet.crop((left, bottom - size[1], left + size[0], bottom)))

@@ -1,4 +1,4 @@
-"""Damaged, foreign and unfinished files are told apart, each with what to do."""
+"""Damaged and unfinished files, and files of another kind: each error says what to do."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_ffcv import DataError, inspect_beton
-from data_ffcv.beton.info import RAW, side_path
+from data_ffcv.beton.info import side_path
 from data_ffcv.beton.layout import (
     ALLOCATION,
     FIELD,
@@ -18,6 +18,7 @@ from data_ffcv.beton.layout import (
     LABELLED_FIELDS,
     MASKED,
     METADATA_START,
+    RAW,
     compute_checksums,
     read_layout,
 )
@@ -265,6 +266,6 @@ def test_every_byte_is_in_one_checksum(grey_beton: Path, tmp_path: Path):
     places = {0: 1, PAGE - 1: 1, PAGE: 2, 2 * PAGE - 1: 2, 2 * PAGE: 3, len(content) - 1: 3}
     for place, changed in places.items():
         content[place] ^= 16
-        found = compute()
+        checksums = compute()
         content[place] ^= 16
-        assert [i for i in range(4) if found[i] != sound[i]] == [0, changed]
+        assert [i for i in range(4) if checksums[i] != sound[i]] == [0, changed]

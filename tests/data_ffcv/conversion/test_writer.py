@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from data_ffcv import inspect_beton
-from data_ffcv.beton.info import JPG, RAW, BetonInfo, side_path
+from data_ffcv.beton.info import BetonInfo, side_path
+from data_ffcv.beton.layout import JPG, RAW
 from data_ffcv.conversion.encoding import Encoding
-from data_ffcv.conversion.writer import Written, _PageWriter, write_beton
+from data_ffcv.conversion.writer import PageWriter, Written, write_beton
 from data_ffcv.errors import DataError
 from data_ffcv.sources import Sample
 from tests.data_ffcv.conftest import smooth_image
@@ -268,7 +269,7 @@ def test_metadata_of_more_than_a_page_moves_the_data(tmp_path: Path):
     source = ListSource(noise((5, 5)))
     encoded = Encoding().encode(source.read(0), 0)
     with (tmp_path / "a.beton").open("w+b") as file:
-        writer = _PageWriter(file, 360_000, has_masks=False)  # of which all but one are skipped
+        writer = PageWriter(file, 360_000, has_masks=False)  # of which all but one are skipped
         writer.add(encoded, 3)
         writer.finish()
     info = inspect_beton(tmp_path / "a.beton")

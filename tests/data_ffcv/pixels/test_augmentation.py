@@ -49,7 +49,7 @@ def test_resize_below_either_side_is_refused(resize: int | tuple[int, int]):
 
 
 @pytest.mark.parametrize(
-    ("augmentation", "mend"),
+    ("augmentation", "fix"),
     [
         (Augmentation("pad_crop", 64, padding=4), "padding"),
         (Augmentation("center_crop", 32), "resize"),
@@ -59,9 +59,9 @@ def test_resize_below_either_side_is_refused(resize: int | tuple[int, int]):
     ],
 )
 def test_images_smaller_than_the_crop_are_refused(
-    grey_beton: Path, augmentation: Augmentation, mend: str
+    grey_beton: Path, augmentation: Augmentation, fix: str
 ):
-    with pytest.raises(DataError, match=mend):
+    with pytest.raises(DataError, match=fix):
         augmentation.check_fits(inspect_beton(grey_beton))
 
 

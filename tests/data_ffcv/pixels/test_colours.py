@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data_ffcv import Augmentation, DataError
-from data_ffcv.pixels.colours import Colours, _RandAugment, erase
+from data_ffcv.pixels.colours import Colours, SeededRandAugment, erase
 
 JITTER = (0.4, 0.5, 0.2, 0.1)
 BYOL: dict[str, Any] = {
@@ -198,12 +198,12 @@ def test_blur_is_a_gaussian(sigma: float):
 
 
 def test_blur_draws_the_deviation_uniformly(monkeypatch: pytest.MonkeyPatch):
-    from data_ffcv.pixels import colours as _colours
+    from data_ffcv.pixels import colours
 
     drawn: list[float] = []
-    blur = _colours.ImageFilter.GaussianBlur
+    blur = colours.ImageFilter.GaussianBlur
     monkeypatch.setattr(
-        _colours.ImageFilter, "GaussianBlur", lambda sigma: drawn.append(sigma) or blur(sigma)
+        colours.ImageFilter, "GaussianBlur", lambda sigma: drawn.append(sigma) or blur(sigma)
     )
     change = Colours(settings(gaussian_blur_prob=1.0, gaussian_blur_sigma=(0.1, 2.0)), 0, 0)
     for sample in range(1000):
@@ -258,7 +258,7 @@ def timm_rand_augment(config: str, image_size: int) -> Any:
 
 
 class Dictated:
-    """A generator that chooses and seeds as told."""
+    """A generator that chooses and seeds what it was made with."""
 
     def __init__(self, chosen: list[int], seed: int) -> None:
         self.chosen, self.seed = chosen, seed
@@ -274,8 +274,9 @@ class Dictated:
     "config", ["rand-m9-mstd0.5-inc1", "rand-m5-n3-p0.7", "rand-m7-mstd101-tweights", "rand-t3a"]
 )
 def test_rand_augment_equals_timm(config: str, monkeypatch: pytest.MonkeyPatch):
-    ours, theirs = _RandAugment(settings(28, auto_augment=config)), timm_rand_augment(config, 28)
-    assert [operation.hparams for operation in ours._transform.ops] == [
+    ours = SeededRandAugment(settings(28, auto_augment=config))
+    theirs = timm_rand_augment(config, 28)
+    assert [operation.hparams for operation in ours.transform.ops] == [
         operation.hparams for operation in theirs.ops
     ]
     image = Image.fromarray(random_pixels(28, 28))
@@ -292,10 +293,10 @@ def test_rand_augment_equals_timm(config: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("config", "repeats"), [("rand-n3", True), ("rand-n3-tweights", False)])
 def test_rand_augment_chooses_as_timm(config: str, repeats: bool):
-    ours = _RandAugment(settings(auto_augment=config))
-    operations = ours._transform.ops
+    ours = SeededRandAugment(settings(auto_augment=config))
+    operations = ours.transform.ops
     uses: list[list[str]] = []
-    ours._transform.ops = [
+    ours.transform.ops = [
         lambda image, name=operation.name: uses[-1].append(name) or image
         for operation in operations
     ]

@@ -219,7 +219,7 @@ def test_draws_differ_between_seeds(augment):
 
 def test_disk_cache_notices_a_change_of_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """numba looks at the entry point's own file only; here a function of another one changes."""
-    from data_ffcv.pixels.kernels import compile_cached
+    from data_ffcv.pixels.compiling import compile_cached
 
     entry, helper = tmp_path / "entry_file.py", tmp_path / "helper_file.py"
     entry.write_text(

@@ -145,8 +145,8 @@ def test_windows_and_factors_are_spread_evenly(augment):
     factor = 39 / (corners[:, -1, -1, 0] - corners[:, 0, 0, 0])
     assert 0.48 < factor.min() < 0.53 and 1.9 < factor.max() < 2.1
     assert abs(factor.mean() - 1.25) < 0.03
-    room = np.stack([199 - 39 / factor, 239 - 39 / factor], axis=1)
-    place = corners[:, 0, 0, :2] / room
+    free = np.stack([199 - 39 / factor, 239 - 39 / factor], axis=1)
+    place = corners[:, 0, 0, :2] / free
     assert np.abs(place.mean(axis=0) - 0.5).max() < 0.02
     assert np.abs(place.std(axis=0) - 12**-0.5).max() < 0.02
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from data_ffcv import DataError
-from data_ffcv.sources import download as _download
-from data_ffcv.sources import open_source
+from data_ffcv.sources import download, open_source
 from tests.data_ffcv.sources.images import random_pixels
 
 NUM = {"train": 30, "test": 7}
@@ -234,7 +233,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     archive = tmp_path / "published.tar.gz"
     pack(write_cifar("cifar10", tmp_path), archive)
     entry = (archive.as_uri(), hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setitem(_download.ARCHIVES, "cifar10", {CIFAR["cifar10"][1]: entry})
+    monkeypatch.setitem(download.ARCHIVES, "cifar10", {CIFAR["cifar10"][1]: entry})
     return archive
 
 
@@ -259,7 +258,7 @@ def test_download_of_something_else_leaves_nothing(tmp_path: Path, published: Pa
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_no_network_names_address_and_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_network_names_address_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(address: str, *_, **__):
         raise urllib.error.URLError("no route to host")
 

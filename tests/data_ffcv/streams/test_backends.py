@@ -22,7 +22,8 @@ from data_ffcv import Augmentation, DataError, inspect_images, open_eval_loader
 from data_ffcv.beton.images import BetonImages
 from data_ffcv.beton.info import BetonInfo
 from data_ffcv.convert import convert
-from data_ffcv.streams import pipeline as _pipeline
+from data_ffcv.streams import pipeline
+from data_ffcv.streams.settings import why_no_ffcv
 from tests.data_ffcv.conftest import UNIT
 from tests.data_ffcv.streams.draws import (
     CROP,
@@ -92,7 +93,7 @@ def test_a_damaged_image_of_a_folder_is_named(image_folder: Path, tmp_path: Path
     broken.write_bytes((image_folder / "ant" / "0.png").read_bytes()[:300])
     with stream(tmp_path, batch_size=1) as batches:
         for _ in range(2):
-            with pytest.raises(DataError, match=r"half\.png cannot be read .*mend or remove"):
+            with pytest.raises(DataError, match=r"half\.png cannot be read .*fix or remove"):
                 next(batches)
 
 
@@ -164,14 +165,14 @@ def test_a_file_replaced_while_it_is_opened_is_read_as_one(
     other = convert("fashion-mnist", idx_folder, tmp_path / "new.beton", part="test")
     path = tmp_path / "live.beton"
     path.write_bytes(grey_beton.read_bytes())
-    open_images = _pipeline.open_images
+    open_images = pipeline.open_images
 
     def replace_first(info: BetonInfo) -> BetonImages:
         if other.path.exists():
             os.replace(other.path, path)
         return open_images(info)
 
-    monkeypatch.setattr(_pipeline, "open_images", replace_first)
+    monkeypatch.setattr(pipeline, "open_images", replace_first)
     loader = eval_loader(path)
     assert loader.info.num_samples == 20
     assert sum(len(labels) for _, labels in loader) == 20
@@ -181,8 +182,8 @@ def test_without_ffcv_threads_take_over_with_one_notice(
     grey_beton: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     expected = draw(grey_beton, 2, backend="threads")
-    monkeypatch.setattr(_pipeline.importlib.util, "find_spec", lambda name: None)
-    _pipeline._why_no_ffcv.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    why_no_ffcv.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert_same(draw(grey_beton, 2), expected)
         with stream(grey_beton) as batches:
@@ -194,7 +195,7 @@ def test_without_ffcv_threads_take_over_with_one_notice(
     with pytest.raises(DataError, match="pip install ffcv"):
         stream(grey_beton, backend="ffcv")
     monkeypatch.undo()
-    _pipeline._why_no_ffcv.cache_clear()
+    why_no_ffcv.cache_clear()
 
 
 def test_an_ffcv_that_cannot_be_imported_is_as_none(
@@ -207,13 +208,13 @@ def test_an_ffcv_that_cannot_be_imported_is_as_none(
     (tmp := grey_beton.parent / "broken" / "ffcv").mkdir(parents=True)
     (tmp / "__init__.py").write_text("raise ImportError('libopencv_core.so.406: no such file')")
     monkeypatch.syspath_prepend(str(tmp.parent))
-    _pipeline._why_no_ffcv.cache_clear()
+    why_no_ffcv.cache_clear()
     with stream(grey_beton) as batches:
         assert batches.backend == "threads"
     with pytest.raises(DataError, match=r"cannot be used \(libopencv_core"):
         stream(grey_beton, backend="ffcv")
     monkeypatch.undo()
-    _pipeline._why_no_ffcv.cache_clear()
+    why_no_ffcv.cache_clear()
 
 
 @pytest.mark.parametrize(

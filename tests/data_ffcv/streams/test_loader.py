@@ -63,8 +63,14 @@ def test_resume_is_bitwise(grey_beton: Path, reference: list[Batch], start_batch
         assert batches.batches_drawn == start_batch
         resumed = [next(batches) for _ in range(12 - start_batch)]
         assert batches.batches_drawn == 12
-        assert batches.num_batches_per_epoch == 5
     assert_same(resumed, reference[start_batch:])
+
+
+def test_an_epoch_has_only_full_batches(grey_beton: Path):
+    numbers = [batch[-1] for batch in draw(grey_beton, 10, with_numbers=True)]
+    for start in (0, 5):
+        epoch = torch.cat(numbers[start : start + 5])
+        assert len(epoch.unique()) == len(epoch) == 200 <= NUM_GREY < 240
 
 
 def test_resume_far_away_is_cheap(grey_beton: Path):

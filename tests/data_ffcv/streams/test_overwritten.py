@@ -48,11 +48,11 @@ def test_a_stream_of_a_truncated_file_ends_with_a_sentence_and_goes_on_once_it_i
     grey_beton: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ):
     path, size = copied(grey_beton, tmp_path), grey_beton.stat().st_size
-    told = rf"live\.beton has shrunk from {size} to 5000 bytes while it was read; put the whole"
+    sentence = rf"live\.beton has shrunk from {size} to 5000 bytes while it was read; put the whole"
     truncate_before(monkeypatch, path, batch=3)
     with stream(path, backend=backend) as batches:
         drawn = list(itertools.islice(batches, 3))
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=sentence):
             next(batches)
     monkeypatch.undo()
     shutil.copy(grey_beton, path)

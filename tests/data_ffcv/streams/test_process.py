@@ -25,8 +25,8 @@ for backend in ("auto", "threads"):
     expected = next(parent)[0]
     child = os.fork()
     if child == 0:
-        with opened(backend) as own:
-            os._exit(0 if next(own)[0].equal(expected) else 3)
+        with opened(backend) as batches:
+            os._exit(0 if next(batches)[0].equal(expected) else 3)
     assert os.waitpid(child, 0)[1] == 0
     next(parent)
 try:

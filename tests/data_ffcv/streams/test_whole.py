@@ -20,10 +20,10 @@ def written(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     return [pairs[i] for i in conversion_order(len(pairs))]
 
 
-def same(found: list, expected: list) -> bool:
-    return len(found) == len(expected) and all(
+def same(images: list, expected: list) -> bool:
+    return len(images) == len(expected) and all(
         np.array_equal(a, b)
-        for pair in zip(found, expected, strict=True)
+        for pair in zip(images, expected, strict=True)
         for a, b in zip(*pair, strict=True)
     )
 
@@ -42,9 +42,9 @@ def test_pixels_and_masks_are_those_of_the_files(segmentation_beton, segmentatio
 def test_jpegs_are_decoded(segmentation_folder, tmp_path):
     convert("segmentation", segmentation_folder, tmp_path / "a.beton", write_mode="jpg")
     expected = written(segmentation_folder)
-    found = list(WholeImages(tmp_path / "a.beton"))
-    assert all(np.array_equal(a[1], b[1]) for a, b in zip(found, expected, strict=True))
-    errors = [np.abs(a[0].astype(int) - b[0]).mean() for a, b in zip(found, expected, strict=True)]
+    images = list(WholeImages(tmp_path / "a.beton"))
+    assert all(np.array_equal(a[1], b[1]) for a, b in zip(images, expected, strict=True))
+    errors = [np.abs(a[0].astype(int) - b[0]).mean() for a, b in zip(images, expected, strict=True)]
     assert 0 < max(errors) < 4
 
 
@@ -53,13 +53,13 @@ def test_each_sample_once_over_ranks(segmentation_beton, segmentation_folder, wo
     ranks = [WholeImages(segmentation_beton, None, r, world_size) for r in range(world_size)]
     indices = np.concatenate([rank.indices for rank in ranks])
     assert sorted(indices) == list(range(12))
-    found = [pair for rank in ranks for pair in rank]
-    assert same(found, [written(segmentation_folder)[i] for i in indices])
+    images = [pair for rank in ranks for pair in rank]
+    assert same(images, [written(segmentation_folder)[i] for i in indices])
 
 
 def test_some_samples(segmentation_beton, segmentation_folder):
-    found = list(WholeImages(segmentation_beton, np.array([7, 2, 4]), rank=1, world_size=2))
-    assert same(found, [written(segmentation_folder)[2]])
+    images = list(WholeImages(segmentation_beton, np.array([7, 2, 4]), rank=1, world_size=2))
+    assert same(images, [written(segmentation_folder)[2]])
 
 
 def test_what_is_refused(segmentation_beton, colour_beton, image_folder, tmp_path):
