@@ -71,7 +71,7 @@ class NormedHeads(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [B, num_classes, num_heads] from features [B, D]."""
-        logits = self.linear(self.norm(features))
+        logits: Tensor = self.linear(self.norm(features))
         return logits.view(-1, self.num_classes, self.num_heads)
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class NormedHeads(nn.Module):
         """
         self.eval()
         rows = torch.arange(len(features), device=features.device) if rows is None else rows
-        parts = rows.split(_PREDICT_BATCH_SIZE)
+        parts = torch.split(rows, _PREDICT_BATCH_SIZE)
         return torch.cat([self(features[part]).argmax(dim=1) for part in parts])
 
 
@@ -156,11 +156,11 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(step, num_steps))
     for _ in range(settings.epochs):
         order = rows[torch.randperm(len(rows), generator=generator).to(features.device)]
-        for batch in order[:num_used].split(batch_size):
+        for batch in torch.split(order[:num_used], batch_size):
             targets = labels[batch, None].expand(-1, len(base_lrs))
             losses = F.cross_entropy(heads(features[batch]), targets, reduction="none").mean(dim=0)
             optimizer.zero_grad()
-            (losses * rates).sum().backward()
+            (losses * rates).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return heads

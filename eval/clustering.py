@@ -25,7 +25,7 @@ from sklearn.metrics import (
 from sklearn.metrics.cluster import contingency_matrix
 
 from eval.frozen import cli, flags
-from eval.frozen.features import ImageSet, LabelledFeatures
+from eval.frozen.features import ImageSet, LabelledFeatures, class_labels
 from eval.frozen.kmeans import kmeans
 from eval.frozen.preprocess import Standardizer
 from eval.frozen.processes import sum_in_float64, tracked
@@ -143,7 +143,7 @@ def restrict(images: ImageSet, classes: tuple[str, ...], source: str) -> None:
     if unknown := [name for name in classes if name not in info.classes]:
         raise UserError(f"--classes {source} has {unknown[0]}, which is no class of {info.path}")
     wanted = [info.classes.index(name) for name in classes]
-    images.indices = np.flatnonzero(np.isin(info.labels, wanted))
+    images.indices = np.flatnonzero(np.isin(class_labels(info, str(info.path)), wanted))
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ processes share the encoding and the test images; the result is the same for any
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ class KnnSettings:
 
 
 def knn_predict(
-    bank: Sequence[Tensor],
+    bank: Iterable[Tensor],
     bank_labels: Tensor,
     queries: Tensor,
     *,
@@ -87,7 +87,7 @@ def knn_predict(
     _check_k(k, len(bank_labels))
     labels = bank_labels.to(queries.device)
     predictions = []
-    for chunk in F.normalize(queries, dim=1).split(chunk_size):
+    for chunk in torch.split(F.normalize(queries, dim=1), chunk_size):
         similarity, index = _nearest(chunk, bank, k)
         # Relative to the nearest, since exp(s / temperature) itself may overflow.
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
@@ -103,7 +103,7 @@ def _check_k(k: int, num_train_images: int) -> None:
         raise UserError(f"k is {k}, but must be from 1 to the {num_train_images} training images")
 
 
-def _nearest(queries: Tensor, bank: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+def _nearest(queries: Tensor, bank: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k largest similarities [q, k] of queries [q, D] to the bank, and their rows."""
     best_similarity = queries.new_empty(len(queries), 0)
     best_index = torch.empty_like(best_similarity, dtype=torch.int64)
@@ -119,18 +119,17 @@ def _nearest(queries: Tensor, bank: Sequence[Tensor], k: int) -> tuple[Tensor, T
     return best_similarity, best_index
 
 
-class _Bank(Sequence[Tensor]):
+class _Bank:
     """Training features, brought to the device and standardised part by part at each iteration."""
 
     def __init__(self, data: EncodedSets, device: str | torch.device, standardize: bool) -> None:
         self.features, self.device = data.train.features, device
-        self.transform = Standardizer.of(self.features, device) if standardize else lambda x: x
+        self.transform: Callable[[Tensor], Tensor] = lambda x: x
+        if standardize:
+            self.transform = Standardizer.of(self.features, device)
 
-    def __len__(self) -> int:
-        return self.features.num_parts
-
-    def __getitem__(self, number: int) -> Tensor:
-        return self.transform(self.features.part(number, self.device))
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.transform, self.features.parts(self.device))
 
 
 def evaluate(

@@ -111,7 +111,9 @@ def _pixel_error(
 ) -> Tensor:
     """Mean squared error of each patch [B, N] in pixel values, for predictions of raw targets."""
     difference = prediction.float() - model.patchify(images.float())
-    by_channel = difference.unflatten(2, (-1, len(std)))  # inside a patch the channel runs fastest
+    by_channel = torch.unflatten(
+        difference, 2, (-1, len(std))
+    )  # inside a patch the channel runs fastest
     scale = torch.tensor(std, device=images.device)
     return (by_channel * scale).square().mean(dim=(2, 3))
 

@@ -29,9 +29,8 @@ class Mixer:
         self.seed, self.rank = seed, rank
         self._mixup = None
         if recipe is not None:
-            self._mixup = Mixup(
-                **recipe.model_dump(), label_smoothing=smoothing, num_classes=num_classes
-            )
+            settings = {"label_smoothing": smoothing, "num_classes": num_classes}
+            self._mixup = Mixup(**recipe.model_dump(), **settings)  # type: ignore[no-untyped-call]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Mixed images and soft labels, float32 [B, num_classes] whose rows sum to 1.
@@ -42,7 +41,8 @@ class Mixer:
             step: optimizer steps taken before this one.
         """
         if self._mixup is None:
-            return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
+            settings = {"num_classes": self.num_classes, "smoothing": self.smoothing}
+            return images, mixup_target(labels, **settings)  # type: ignore[no-untyped-call]
         with _numpy_seeded(hashed(self.seed, step, self.rank)):
             mixed: tuple[Tensor, Tensor] = self._mixup(images, labels)
         return mixed

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from eval.finetuning.recipe import FinetuneRecipe
@@ -14,7 +15,7 @@ HEAD_STD = 2e-5  # of the head's initial weights, as in MAE's fine-tuning
 _OF_HEAD = ("fc_norm.", "head.")
 
 
-def build_classifier(recipe: FinetuneRecipe) -> nn.Module:
+def build_classifier(recipe: FinetuneRecipe) -> VisionTransformer:
     """An untrained classifier: MAE's initial values, and next to nothing in the head.
 
     With global_pool avg the mean of the patch tokens goes through a norm of its own (`fc_norm`) and
@@ -27,6 +28,7 @@ def build_classifier(recipe: FinetuneRecipe) -> nn.Module:
             num_classes=recipe.data.num_classes,
             drop_rate=recipe.finetune.dropout,
         )
+        assert isinstance(vit.head, nn.Linear)
         nn.init.trunc_normal_(vit.head.weight, std=HEAD_STD)
         nn.init.zeros_(vit.head.bias)
     return vit
@@ -39,7 +41,7 @@ def check_start(recipe: FinetuneRecipe) -> None:
         warn_of_other_pixels(recipe)
 
 
-def start(vit: nn.Module, recipe: FinetuneRecipe) -> None:
+def start(vit: VisionTransformer, recipe: FinetuneRecipe) -> None:
     """Give an untrained classifier the encoder of `init_from`, where there is one.
 
     A head that its file holds is left out, for it tells other classes apart.
@@ -51,7 +53,7 @@ def start(vit: nn.Module, recipe: FinetuneRecipe) -> None:
         load_encoder(vit, recipe.model, recipe.init_from, _expected(recipe))
 
 
-def load_classifier(vit: nn.Module, recipe: FinetuneRecipe, path: str | Path) -> Path:
+def load_classifier(vit: VisionTransformer, recipe: FinetuneRecipe, path: str | Path) -> Path:
     """Fill encoder and head from a fine-tuned run or file, and return the file that was read.
 
     Raises:

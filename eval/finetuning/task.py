@@ -33,7 +33,7 @@ def soft_cross_entropy(models: Models, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean over images [B, C, H, W] with soft labels [B, num_classes], in float32 or wider."""
     images, targets = batch
     logits = at_least_float32(models[LEVEL](images))
-    loss: Tensor = SoftTargetCrossEntropy()(logits, targets)
+    loss: Tensor = SoftTargetCrossEntropy()(logits, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -76,7 +76,8 @@ class Finetuning(Task):
 
     def cycle(self) -> None:
         """Draw, mix, step, and let the average follow."""
-        images, targets = self.mixer(*self.draw(LEVEL), self.level.num_steps_done)
+        images, labels = self.draw(LEVEL)
+        images, targets = self.mixer(images, labels, self.level.num_steps_done)
         images = images.to(self.level.dtype)
         num_parts = self.recipe.finetune.gradient_accumulation_steps
         with self.meters.timed("time/finetune_step"):

@@ -140,7 +140,7 @@ def _load_encoder(args: argparse.Namespace, with_decoder: bool) -> Encoder:
 def _default_folder(args: argparse.Namespace, name: str) -> Path:
     """RUN/eval/NAME; results of one checkpoint folder get a folder of its name."""
     name = f"{name}_untrained" if args.untrained else name
-    run = args.checkpoint
+    run: Path = args.checkpoint
     if run.parent.name == "checkpoints":
         return run.parents[1] / "eval" / run.name / name
     return run / "eval" / name

@@ -64,8 +64,7 @@ class ImageSet:
         """
         self.info = inspect_images(path)
         self.indices = indices
-        if self.info.labels is None:
-            raise UserError(f"{path} holds masks: give a file with class labels")
+        class_labels(self.info, str(path))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +72,8 @@ class ImageSet:
     @property
     def labels(self) -> np.ndarray:
         """Class of each image used, int64 [n]."""
-        return self.info.labels if self.indices is None else self.info.labels[self.indices]
+        labels = class_labels(self.info, str(self.info.path))
+        return labels if self.indices is None else labels[self.indices]
 
     def loader(
         self,
@@ -232,6 +232,20 @@ def _file_version(path: str | Path) -> str:
             f"{path} cannot be read ({error.strerror}): mend it or take it out of its folder"
         ) from None
     return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+
+
+def class_labels(info: ImagesInfo, name: str) -> np.ndarray:
+    """Class of each image of a file or folder, int64 [num_samples].
+
+    Args:
+        name: what the error calls it.
+
+    Raises:
+        UserError: it holds masks.
+    """
+    if info.labels is None:
+        raise UserError(f"{name} holds masks: give a file with class labels")
+    return info.labels
 
 
 def _check_same_classes(train: ImagesInfo, test: ImagesInfo) -> None:

@@ -67,7 +67,7 @@ def _assign(features: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest centre of each row [n], and the squared distance to it [n]."""
     half_norms = centres.square().sum(dim=1) / 2
     clusters, distances = [], []
-    for rows in features.split(_ROWS):
+    for rows in torch.split(features, _ROWS):
         cluster = (rows @ centres.T - half_norms).argmax(dim=1)
         clusters.append(cluster)
         distances.append((rows - centres[cluster]).square().sum(dim=1))

@@ -1,6 +1,6 @@
 """What features go through before a classifier or a clustering sees them."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from eval.frozen.store import Features
 _STANDARDIZE_EPS = 1e-5  # added to the deviation, as MAE-CT does
 
 
-class Standardizer(NamedTuple):
+@dataclass(frozen=True)
+class Standardizer:
     """Subtracts a mean and divides by a deviation, of each dimension.
 
     Attributes:
@@ -24,9 +25,12 @@ class Standardizer(NamedTuple):
     @classmethod
     def of(cls, features: Features, device: str | torch.device) -> "Standardizer":
         """Mean and deviation of all rows, summed in float64 in two passes over the parts."""
-        total = sum(part.double().sum(dim=0) for part in features.parts(device))
+        total = squares = torch.zeros((), dtype=torch.float64, device=device)
+        for part in features.parts(device):
+            total = total + part.double().sum(dim=0)
         mean = total / len(features)
-        squares = sum((p.double() - mean).square().sum(dim=0) for p in features.parts(device))
+        for part in features.parts(device):
+            squares = squares + (part.double() - mean).square().sum(dim=0)
         std = (squares / max(1, len(features) - 1)).sqrt() + _STANDARDIZE_EPS
         return cls(mean.float(), std.float())
 

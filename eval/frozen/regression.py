@@ -66,7 +66,8 @@ class _Objective:
         return self.value
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(self.features.split(_ROWS), self.labels.split(_ROWS), strict=True)
+        parts = (torch.split(tensor, _ROWS) for tensor in (self.features, self.labels))
+        yield from zip(*parts, strict=True)
 
 
 def fit_regression(
@@ -104,6 +105,6 @@ def fit_regression(
         optimizer.param_groups[0]["max_eval"] = min(
             2 * _ITERATIONS, max_passes - objective.num_passes
         )
-        optimizer.step(objective)
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
         objective()
     return Regression(objective.weight.detach(), objective.num_passes, objective.gap)

@@ -8,6 +8,7 @@ import numpy as np
 from data_ffcv import FolderInfo, ImagesInfo
 from data_ffcv.sources import open_source
 from data_ffcv.splits import conversion_order
+from eval.frozen.features import class_labels
 from mlomae.errors import UserError
 
 
@@ -17,7 +18,7 @@ def draw_per_class(info: ImagesInfo, count: int, seed: int) -> np.ndarray:
     Raises:
         UserError: a class has fewer.
     """
-    num_images = np.bincount(info.labels, minlength=info.num_classes)
+    num_images = np.bincount(_labels(info), minlength=info.num_classes)
     if (fewest := int(num_images.min())) < count:
         name = info.classes[int(num_images.argmin())]
         raise UserError(
@@ -33,7 +34,7 @@ def draw_fraction(info: ImagesInfo, fraction: float, seed: int) -> np.ndarray:
     Raises:
         UserError: of a class that is none.
     """
-    num_images = np.bincount(info.labels, minlength=info.num_classes)
+    num_images = np.bincount(_labels(info), minlength=info.num_classes)
     counts = np.round(num_images * fraction).astype(np.int64)
     if not counts.all():
         name, few = info.classes[int(counts.argmin())], int(num_images[counts.argmin()])
@@ -47,8 +48,8 @@ def draw_fraction(info: ImagesInfo, fraction: float, seed: int) -> np.ndarray:
 def _draw(info: ImagesInfo, counts: np.ndarray, seed: int) -> np.ndarray:
     """The first images of one permutation, so a larger split of a seed holds the smaller ones."""
     order = np.random.default_rng(seed).permutation(info.num_samples)
-    order = order[np.argsort(info.labels[order], kind="stable")]
-    labels = info.labels[order]
+    order = order[np.argsort(_labels(info)[order], kind="stable")]
+    labels = _labels(info)[order]
     place = np.arange(len(order)) - np.searchsorted(labels, labels)  # within the class
     return np.sort(order[place < counts[labels]])
 
@@ -101,7 +102,11 @@ def _read_list(info: ImagesInfo, file: Path, names: _Names) -> np.ndarray:
             "this name: mend the list, or write CLASS/NAME"
         )
     chosen = np.unique(np.fromiter(indices.values(), np.int64))
-    if missing := set(range(info.num_classes)) - set(info.labels[chosen].tolist()):
+    if missing := set(range(info.num_classes)) - set(_labels(info)[chosen].tolist()):
         name = info.classes[min(missing)]
         raise UserError(f"{file} has no image of class '{name}' of {info.path}: mend the list")
     return chosen
+
+
+def _labels(info: ImagesInfo) -> np.ndarray:
+    return class_labels(info, str(info.path))

@@ -156,7 +156,7 @@ class FeatureStore:
             )
         try:
             with safe_open(file, "pt") as opened:
-                features = opened.get_tensor("features")
+                features: Tensor = opened.get_tensor("features")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is damaged ({error}): delete it") from None
         if len(features) != len(self.rows(number)):

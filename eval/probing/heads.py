@@ -82,7 +82,7 @@ def head_groups(heads: LinearHeads, recipe: ProbeLevelRecipe) -> list[dict[str, 
 @torch.no_grad()
 def head_accuracies(
     logits_of: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     num_heads: int,
     device: torch.device,
 ) -> Tensor:

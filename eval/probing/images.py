@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_ffcv import Augmentation, ImagesInfo, inspect_images, split_by_class
-from eval.frozen.features import check_class_names
+from eval.frozen.features import check_class_names, class_labels
 from eval.probing.recipe import ProbeRecipe
 from mlomae.errors import UserError
 
@@ -44,9 +44,10 @@ def find_images(recipe: ProbeRecipe) -> ProbeImages:
     train = _labelled("data.train", data.train, data.num_classes)
     test = _labelled("data.test", data.test, data.num_classes)
     check_class_names(train, test, f"data.train {train.path}", f"data.test {test.path}")
+    labels = class_labels(train, f"data.train {train.path}")
     trained = held_out = None
     if recipe.protocol == "held_out":
-        trained, held_out = split_by_class(train.labels, data.held_out_fraction, recipe.seed)
+        trained, held_out = split_by_class(labels, data.held_out_fraction, recipe.seed)
         if not len(held_out):
             raise UserError(
                 f"data.train {train.path} has {train.num_samples} images of {train.num_classes} "
@@ -66,8 +67,7 @@ def find_images(recipe: ProbeRecipe) -> ProbeImages:
 
 def _labelled(key: str, path: Path, num_classes: int) -> ImagesInfo:
     info = inspect_images(path)
-    if info.labels is None:
-        raise UserError(f"{key} {path} holds masks: give a file with class labels")
+    class_labels(info, f"{key} {path}")
     if info.num_classes != num_classes:
         raise UserError(
             f"data.num_classes is {num_classes}, but {key} {path} has {info.num_classes} classes: "

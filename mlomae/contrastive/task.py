@@ -106,6 +106,7 @@ class TuneTask(HeadTask):
         target: the average of the projector.
     """
 
+    recipe: TuneRun
     average: WeightAverage
     target: TargetProjector
 

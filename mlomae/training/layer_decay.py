@@ -42,7 +42,7 @@ def layer_decay_groups(
         encoder: what the names of the encoder's parameters begin with.
     """
     groups: list[dict[str, Any]] = param_groups_layer_decay(
-        _Layers(network, encoder),
+        _Layers(network, encoder),  # type: ignore[arg-type]  # it asks for no more
         weight_decay=recipe.weight_decay,
         weight_decay_exclude_1d=not recipe.decay_norm_and_bias,
         no_weight_decay_list=()
