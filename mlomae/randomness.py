@@ -1,4 +1,4 @@
-"""Seeds of the run's own random draws."""
+"""Seeds of the run's random draws."""
 
 import hashlib
 

@@ -15,7 +15,7 @@ from mlomae.models.contrastive import Embedded, NnclrHead
 class LowerEncoder(nn.Module):
     """Patch projection, class token, positions and the lowest blocks, none of which is trained.
 
-    The ViT's own modules, under its names.
+    The ViT's modules, under its names.
     """
 
     def __init__(self, vit: VisionTransformer, num_blocks: int) -> None:
@@ -42,7 +42,7 @@ class LowerEncoder(nn.Module):
 class UpperEncoder(nn.Module):
     """The other blocks, final norm and pooling.
 
-    The ViT's own modules, under its names: block i is `blocks.i` here, too.
+    The ViT's modules, under its names: block i is `blocks.i` here, too.
     """
 
     def __init__(self, vit: VisionTransformer, num_lower_blocks: int) -> None:

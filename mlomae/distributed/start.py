@@ -50,7 +50,7 @@ def start_ranks(collective_timeout: timedelta | None = None) -> None:
     """Join the process group, over NCCL where there are GPUs, else over gloo.
 
     Args:
-        collective_timeout: after which a collective call fails; None for DeepSpeed's own.
+        collective_timeout: after which a collective call fails; None for DeepSpeed's.
 
     Raises:
         UserError: no launcher has started this process.
@@ -72,7 +72,7 @@ def _join(backend: str, timeout: timedelta | None) -> None:
     store = meet()
     try:
         deepspeed.init_distributed(backend, timeout=timedelta(seconds=MEETING_TIMEOUT))
-        # ZeRO's collectives run in a group of DeepSpeed's own, which takes torch's default else.
+        # ZeRO's collectives run in a group that DeepSpeed makes, which takes torch's default else.
         for group in (dist.group.WORLD, groups._clone_world_group()):
             dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout, group)
     except ModuleNotFoundError as error:
@@ -87,7 +87,7 @@ def _join(backend: str, timeout: timedelta | None) -> None:
             f"the ranks could not join ({' '.join(str(error).split())[-300:]}): look at the logs "
             "of all hosts"
         ) from None
-    del store  # torch's own is open now
+    del store  # torch's is open now
 
 
 def set_up_logging() -> None:

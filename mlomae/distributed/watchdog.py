@@ -157,8 +157,8 @@ class _Watchdog:
         if self._store.check(keys):
             texts = self._store.multi_get(keys)
             return [Sign(**json.loads(text)) for text in texts]
-        given = (self._store.get(key) if self._store.check([key]) else None for key in keys)
-        return [None if text is None else Sign(**json.loads(text)) for text in given]
+        posted = (self._store.get(key) if self._store.check([key]) else None for key in keys)
+        return [None if text is None else Sign(**json.loads(text)) for text in posted]
 
     def _look(self, signs: list[Sign | None]) -> None:
         """Judge by two looks at least three signs apart: in between, whoever lives gives one."""
@@ -169,14 +169,14 @@ class _Watchdog:
         if self._beats - beat < 3:
             return
         apart = time.monotonic() - instant
-        found = judge(before, signs, timeout=self._timeout, apart=apart, now=time.time())
-        if isinstance(found, Verdict):
-            mine = replace(found, speaker=self._rank)
+        judgement = judge(before, signs, timeout=self._timeout, apart=apart, now=time.time())
+        if isinstance(judgement, Verdict):
+            mine = replace(judgement, speaker=self._rank)
             self._store.compare_set(_VERDICT, "", json.dumps(asdict(mine)))  # the first one counts
             self._heed_verdict()
-        elif found is not None:  # somebody makes progress: wait until that may have ended
+        elif judgement is not None:  # somebody makes progress: wait until that may have ended
             self._first_look = None
-            self._look_again = self._in_place.seconds + self._timeout - found
+            self._look_again = self._in_place.seconds + self._timeout - judgement
 
     def _heed_verdict(self) -> None:
         verdict = Verdict(**json.loads(self._store.get(_VERDICT)))
@@ -222,7 +222,7 @@ class _Stillness:
 
 
 def _connect() -> Store:
-    """A connection of one's own: what blocks in it blocks nobody else."""
+    """A connection for the watchdog alone: what blocks in it blocks nobody else."""
     host, port = _address()
     client = TCPStore(
         host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)

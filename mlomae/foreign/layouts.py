@@ -82,8 +82,9 @@ def detect_layout(tensors: State, num_patches: int | None = None) -> str:
     """Whose names these are.
 
     An MAE-CT encoder has the names of MAE's and only lacks the class row of the positions: it is
-    told by a square number of rows. N + 1 is a square too on some oblong grids (15, 80, 224), so
-    a first row of zeros, which is MAE's class row, or a known number of patches overrules that.
+    recognised by a square number of rows. N + 1 is a square too on some oblong grids (15, 80,
+    224), so a first row of zeros, which is MAE's class row, or a known number of patches overrules
+    that.
 
     Args:
         tensors: names and tensors as in the file.

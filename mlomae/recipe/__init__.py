@@ -1,6 +1,6 @@
 """Typed recipes of training runs: their sections, and how files are read, checked and written.
 
-Every kind of run has a recipe of its own beside its program, made of these sections.
+The recipe of each kind of run stands beside its program and is made of these sections.
 """
 
 from mlomae.recipe.hypergradient import HypergradientRecipe

@@ -65,10 +65,10 @@ class HypergradientRecipe(Section):
     def _check_keys(self) -> Self:
         if self.relative_step is not None and self.radius is not None:
             raise Refusal("radius", "is given beside relative_step: remove one of the two")
+        usable = ESTIMATOR_KEYS[self.estimator]
         for estimator, keys in ESTIMATOR_KEYS.items():
-            own = ESTIMATOR_KEYS[self.estimator]
             for key in keys:
-                if key not in own and getattr(self, key) != type(self).model_fields[key].default:
+                if key not in usable and getattr(self, key) != type(self).model_fields[key].default:
                     problem = f"is set, but estimator {self.estimator} has no such key: remove it"
                     raise Refusal(key, f"{problem}, or choose {estimator}")
         return self

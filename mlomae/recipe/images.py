@@ -85,7 +85,7 @@ class AugmentationRecipe(Section):
         return self
 
     def build(self, image_size: int | tuple[int, int]) -> Augmentation:
-        """What the data room makes of it.
+        """What `data_ffcv` makes of it.
 
         Raises:
             DataError: a value is out of range.

@@ -57,10 +57,12 @@ class LevelRecipe(Section):
         num_views = values.get("num_views", cls.model_fields["num_views"].default)
         if base_lr is None:
             raise Refusal("lr", "is missing: give lr or base_lr")
-        if not isinstance(base_lr, int | float) or not all(
-            isinstance(count, int) for count in (batch_size, num_views)
+        if not (
+            isinstance(base_lr, int | float)
+            and isinstance(batch_size, int)
+            and isinstance(num_views, int)
         ):
-            return {**values, "lr": 1.0}  # the field's own check names the bad value
+            return {**values, "lr": 1.0}  # the field's check names the bad value
         return {**values, "lr": base_lr * batch_size * num_views / 256}
 
     @model_validator(mode="after")

@@ -64,8 +64,8 @@ class EncoderRecipe(Section):
             known = nearest(preset, list(PRESETS))
             raise Refusal("preset", f"is '{preset}', which is no preset: the nearest is {known}")
         sizes = zip(PRESET_SIZES, PRESETS[preset], strict=True)
-        given = {key: value for key, value in values.items() if value is not None}
-        return {**dict(sizes), **given}
+        set_values = {key: value for key, value in values.items() if value is not None}
+        return {**dict(sizes), **set_values}
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -100,7 +100,7 @@ class ModelRecipe(EncoderRecipe):
     decoder_num_heads: PositiveInt = 16
     """Attention heads of a decoder block."""
     norm_pix_loss: bool = True
-    """Standardise each target patch by its own mean and variance."""
+    """Standardise each target patch by its mean and variance."""
     trainable_positions: bool = False
     """Train the position embeddings, which start as 2-D sine-cosine tables."""
 

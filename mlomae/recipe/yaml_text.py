@@ -53,7 +53,7 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable characters"
-        raise UserError(f"{source}{place}: {problem}, mend the YAML there") from None
+        raise UserError(f"{source}{place}: {problem}, fix the YAML there") from None
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Exported folders, each as the library that it is meant for reads it."""
 
-import mlomae  # noqa: F401  mends torchvision's import, which timm's needs
+import mlomae  # noqa: F401  fixes torchvision's import, which timm's needs
 
 # isort: split
 import json
@@ -267,7 +267,7 @@ def test_transformers_cannot_hold_oblong_images(tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-# --- our own names and ONNX --------------------------------------------------------------------
+# --- our names and ONNX ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("network", ["mlp", "light"])
@@ -278,10 +278,10 @@ def test_safetensors_hold_both_networks(tmp_path, monkeypatch, network):
     monkeypatch.chdir(folder)
     loaded = {}
     exec(code_of(folder / "README.md"), loaded)
-    for found, name in (("autoencoder", MODEL_FILE), ("masking_network", MASKING_FILE)):
+    for part, name in (("autoencoder", MODEL_FILE), ("masking_network", MASKING_FILE)):
         expected = load_file(checkpoint / name)
-        assert loaded[found].keys() == expected.keys()
-        assert all(torch.equal(loaded[found][key], value) for key, value in expected.items())
+        assert loaded[part].keys() == expected.keys()
+        assert all(torch.equal(loaded[part][key], value) for key, value in expected.items())
 
 
 def test_plain_mae_has_no_masking_network(tmp_path):

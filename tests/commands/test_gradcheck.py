@@ -192,9 +192,9 @@ def test_a_small_recipe_stays_as_it_is() -> None:
 
 def test_a_json_loses_its_batches_and_large_buckets() -> None:
     zero = {"stage": 2, "reduce_bucket_size": 5e8, "allgather_bucket_size": 1000}
-    given = {"train_batch_size": 128, "gradient_clipping": 1.0, "zero_optimization": zero}
+    config = {"train_batch_size": 128, "gradient_clipping": 1.0, "zero_optimization": zero}
     recipe = reduce_recipe(load_recipe("quickstart_mlo_mae", Recipe), 1)
-    reduced = reduce_config(given, recipe)
+    reduced = reduce_config(config, recipe)
     assert "train_batch_size" not in reduced
     assert reduced["gradient_clipping"] == 1.0
     assert reduced["zero_optimization"]["stage"] == 2
@@ -208,9 +208,9 @@ def test_dropout_in_float64_hides_what_it_hides_in_the_precision_of_the_engine()
     torch.manual_seed(1)
     expected = nn.Dropout(0.3)(features)
     torch.manual_seed(1)
-    found = SameDraws(0.3, torch.float32)(features.double())
-    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
-    assert 0.2 < (found == 0).double().mean() < 0.4
+    dropped = SameDraws(0.3, torch.float32)(features.double())
+    torch.testing.assert_close(dropped, expected.double(), rtol=1e-6, atol=0)
+    assert 0.2 < (dropped == 0).double().mean() < 0.4
 
 
 # --- what the table says -----------------------------------------------------------------------
@@ -218,8 +218,8 @@ def test_dropout_in_float64_hides_what_it_hides_in_the_precision_of_the_engine()
 
 def row_of(*overrides: str) -> Row:
     rows = make_rows(load_recipe("quickstart_mlo_mae", Recipe, overrides))
-    (own,) = (row for row in rows if row.is_own)
-    return own
+    (recipe_row,) = (row for row in rows if row.is_of_recipe)
+    return recipe_row
 
 
 @pytest.mark.parametrize(
@@ -261,8 +261,8 @@ def test_rows_are_not_repeated() -> None:
 def test_the_bounds(dtype: torch.dtype, error: float, cosine: float, is_within: bool) -> None:
     row = row_of()
     row.errors, row.cosines = [error], [cosine]
-    sentence, found = gradcheck.judge(row, dtype)
-    assert found is is_within
+    sentence, verdict = gradcheck.judge(row, dtype)
+    assert verdict is is_within
     assert sentence.startswith(
         f"The recipe's estimator, Unrolled, is {'' if is_within else 'not '}within the bounds"
     )

@@ -16,11 +16,11 @@ from mlomae.commands.quickstart import data as _quickstart_data
 from mlomae.commands.quickstart import training as _quickstart_training
 from mlomae.commands.quickstart.command import claim
 from mlomae.commands.quickstart.data import (
-    OWN_NUM_STEPS,
+    USER_NUM_STEPS,
     epochs_of,
     find_source,
     mae_overrides,
-    own_data_overrides,
+    user_data_overrides,
 )
 from mlomae.commands.quickstart.report import Facts, RunSummary, render_report
 from mlomae.commands.quickstart.training import StageFailed, plan_launch, run_logged, train
@@ -94,24 +94,24 @@ def test_plain_mae_takes_exactly_the_steps_of_mlo_mae(num_steps, num_images, bat
 @pytest.mark.parametrize(("num_images", "batch_size"), [(60_000, 128), (700, 128), (50, 8)])
 def test_own_images_get_a_valid_recipe_with_as_many_steps(num_images, batch_size):
     images = beton_info(num_images)
-    overrides = own_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), images)
+    overrides = user_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), images)
     recipe = load_recipe("quickstart_mlo_mae", Recipe, overrides)
     upper = min(64, batch_size)
     sizes = {name: level.batch_size for name, level in recipe.levels.items()}
     assert sizes == {"pretrain": batch_size, "classifier": upper, "mask": upper}
     assert (recipe.data.num_classes, recipe.model.num_patches) == (5, 16)
     steps_per_epoch = round(num_images * 0.8) // batch_size
-    assert recipe.epochs * steps_per_epoch == pytest.approx(OWN_NUM_STEPS)
+    assert recipe.epochs * steps_per_epoch == pytest.approx(USER_NUM_STEPS)
 
-    epochs = epochs_of(OWN_NUM_STEPS, num_images, batch_size)
+    epochs = epochs_of(USER_NUM_STEPS, num_images, batch_size)
     mae = load_recipe("quickstart_mae", Recipe, mae_overrides(overrides, epochs))
-    assert mae.epochs * (num_images // batch_size) == pytest.approx(OWN_NUM_STEPS)
+    assert mae.epochs * (num_images // batch_size) == pytest.approx(USER_NUM_STEPS)
     assert (mae.model, mae.pretrain.batch_size) == (recipe.model, batch_size)
 
 
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match=r"--data has 30 training images.*add images"):
-        own_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), beton_info(30))
+        user_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), beton_info(30))
 
 
 def test_the_two_recipes_differ_in_the_masks_alone():

@@ -222,8 +222,8 @@ def test_bad_input_is_one_sentence(run, images, command, tmp_path, monkeypatch, 
         Path(folder).mkdir()
     Path("broken/a.png").write_text("no image")
     before = sorted(tmp_path.rglob("*"))
-    given = {"RUN": "run", "--images": "photos"} | flags
-    arguments = [given.pop("RUN"), *(part for flag in given.items() for part in flag)]
+    options = {"RUN": "run", "--images": "photos"} | flags
+    arguments = [options.pop("RUN"), *(part for flag in options.items() for part in flag)]
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and sentence in err

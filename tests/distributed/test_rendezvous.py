@@ -22,8 +22,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.usefixtures("launched")
 def test_ranks_that_do_not_come_are_named():
-    told = "only 1 of 3 ranks came within 1 s, all of them from .*; missing: 1, 2: look at the log"
-    with pytest.raises(UserError, match=told):
+    sentence = (
+        "only 1 of 3 ranks came within 1 s, all of them from .*; missing: 1, 2: look at the log"
+    )
+    with pytest.raises(UserError, match=sentence):
         _rendezvous.meet(0.6)
 
 

@@ -26,19 +26,19 @@ def later(*signs: Sign, living: Iterable[int]) -> list[Sign]:
     return [replace(s, **changes) if rank in living else s for rank, s in enumerate(signs)]
 
 
-def found(*signs: Sign, living: Iterable[int] = range(99), **options: float) -> Any:
-    given = {"timeout": 60.0, "apart": 10.0, "now": 1010.0} | options
-    return judge(signs, later(*signs, living=living), **given)
+def judged(*signs: Sign, living: Iterable[int] = range(99), **options: float) -> Any:
+    settings = {"timeout": 60.0, "apart": 10.0, "now": 1010.0} | options
+    return judge(signs, later(*signs, living=living), **settings)
 
 
 def test_all_ranks_in_one_call_are_all_named():
-    verdict = found(*map(sign, range(4)))
+    verdict = judged(*map(sign, range(4)))
     assert verdict.ranks == [0, 1, 2, 3]
     assert verdict.sentence == "all 4 ranks have not left `a step` (in barrier) for 70 s"
 
 
 def test_of_ranks_that_all_wait_the_one_with_the_fewest_marks_is_named():
-    verdict = found(sign(0), sign(1, num_marks=4, place="saving"), sign(2))
+    verdict = judged(sign(0), sign(1, num_marks=4, place="saving"), sign(2))
     assert verdict.ranks == [1]
     assert verdict.sentence == (
         "rank 1 on node0 has not left `saving` (in barrier) for 70 s, and ranks 0, 2 wait in "
@@ -47,11 +47,11 @@ def test_of_ranks_that_all_wait_the_one_with_the_fewest_marks_is_named():
 
 
 def test_who_waits_for_nobody_is_named_though_it_has_the_most_marks():
-    assert found(sign(0, waits_in="", num_marks=8), sign(1), sign(2)).ranks == [0]
+    assert judged(sign(0, waits_in="", num_marks=8), sign(1), sign(2)).ranks == [0]
 
 
 def test_a_host_that_is_gone_is_named_with_its_ranks():
-    verdict = found(*(sign(rank, clock=900.0) for rank in range(6)), living=(0, 1, 4, 5))
+    verdict = judged(*(sign(rank, clock=900.0) for rank in range(6)), living=(0, 1, 4, 5))
     assert verdict.sentence == (
         "ranks 2-3 on node1 have given no sign for 110 s (last seen in `a step`), and ranks 0-1, "
         "4-5 wait in barrier (`a step`)"
@@ -66,10 +66,10 @@ def test_a_rank_that_comes_forward_keeps_all_alive():
 
 def test_clocks_that_differ_condemn_nobody_alone():
     """A living rank whose clock is an hour behind; a silent one whose clock is an hour ahead."""
-    assert found(sign(0), sign(1, clock=-2600.0)).ranks == [0, 1]
+    assert judged(sign(0), sign(1, clock=-2600.0)).ranks == [0, 1]
     ahead = [sign(0), sign(1, clock=4600.0)]
-    assert found(*ahead, living=[0]) is None
-    assert found(*ahead, living=[0], apart=31.0).ranks == [1]
+    assert judged(*ahead, living=[0]) is None
+    assert judged(*ahead, living=[0], apart=31.0).ranks == [1]
 
 
 def test_a_rank_that_never_gave_a_sign_is_named():

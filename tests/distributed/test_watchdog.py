@@ -195,18 +195,18 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 
 
 HOST = re.escape(socket.gethostname())
-MEND = r"; launch again with --resume, or raise monitor\.hang_timeout \(3 s\) if .*"
+FIX = r"; launch again with --resume, or raise monitor\.hang_timeout \(3 s\) if .*"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_sleeps_is_named(launches: Launches, rank: int):
     case, others = f"rank {rank} sleeps", "ranks 1-2" if rank == 0 else "ranks 0, 2"
     assert launches.codes[case] == [75, 75, 75]
-    told = (
+    what = (
         rf"rank {rank} on {HOST} has not left `drawing pretrain 2` for [3-9] s, and {others} wait "
         rf"in all_reduce \(`pretrain step 2`\)"
     )
-    assert re.fullmatch(told + MEND, launches.sentence(case))
+    assert re.fullmatch(what + FIX, launches.sentence(case))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -220,27 +220,27 @@ def test_the_stack_of_a_rank_that_sleeps_is_printed(launches: Launches, rank: in
 
 def test_a_rank_that_is_stopped_is_named(launches: Launches):
     assert launches.codes["rank 1 stops"] == [75, -signal.SIGKILL, 75]
-    told = (
+    what = (
         rf"rank 1 on {HOST} has given no sign for [3-9] s \(last seen in `[a-z 0-9]*`\), and ranks "
         r"0, 2 wait in all_reduce \(`pretrain step 2`\)"
     )
-    assert re.fullmatch(told + MEND, launches.sentence("rank 1 stops"))
+    assert re.fullmatch(what + FIX, launches.sentence("rank 1 stops"))
 
 
 def test_rank_0_that_is_stopped_with_the_store_is_named(launches: Launches):
     assert launches.codes["rank 0 stops"] == [-signal.SIGKILL, 75, 75]
-    told = (
+    what = (
         r"rank 0 on 127\.0\.0\.1 \(port \d+\) has given no sign for [2-9] s, and rank 1 waits in "
         rf"all_reduce \(`pretrain step 2`\) on {HOST}"
     )
-    assert re.fullmatch(told + MEND, launches.sentence("rank 0 stops"))
+    assert re.fullmatch(what + FIX, launches.sentence("rank 0 stops"))
     assert "in all_reduce" in launches.log("rank 0 stops", 1)  # its stack
 
 
 def test_a_rank_that_ended_alone_is_named(launches: Launches):
     assert launches.codes["rank 2 leaves"] == [75, 75, -signal.SIGKILL]
-    told = rf"rank 2 on {HOST} has ended, and ranks 0-1 wait in all_reduce \(`pretrain step 2`\)"
-    assert re.fullmatch(told + MEND, launches.sentence("rank 2 leaves"))
+    what = rf"rank 2 on {HOST} has ended, and ranks 0-1 wait in all_reduce \(`pretrain step 2`\)"
+    assert re.fullmatch(what + FIX, launches.sentence("rank 2 leaves"))
 
 
 @pytest.mark.parametrize("case", ["slow", "suspended"])

@@ -108,7 +108,7 @@ def test_a_run_means_its_last_complete_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         (
             {"image_size": 32, "num_attention_heads": 2, "decoder_num_attention_heads": 4},
@@ -119,11 +119,11 @@ def test_a_run_means_its_last_complete_checkpoint(tmp_path):
         ({"image_size": "large", "num_attention_heads": None, "pretrained_cfg": 3}, {}),
     ],
 )
-def test_what_a_config_tells(config, told, tmp_path):
+def test_what_a_config_tells(config, expected, tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
     assert read_config(tmp_path) == {}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_config(tmp_path) == told
+    assert read_config(tmp_path) == expected
 
 
 def test_a_broken_config_is_refused(tmp_path):

@@ -203,8 +203,8 @@ def test_an_older_mae_ct_decoder_has_a_class_row_already():
     positions = torch.cat([torch.zeros(1, 1, 4), torch.randn(1, 9, 4)], dim=1)
     older = {"mask_token": torch.ones(1, 1, 4), "embed.weight": torch.ones(4, 2),
              "pred.weight": torch.ones(3, 4)}  # fmt: skip
-    found = [
+    tables = [
         layouts.from_mae_ct_decoder({**older, "pos_embed": rows})["decoder_pos_embed"]
         for rows in (positions, positions[:, 1:])
     ]
-    assert torch.equal(found[0], positions) and torch.equal(found[1], positions)
+    assert torch.equal(tables[0], positions) and torch.equal(tables[1], positions)

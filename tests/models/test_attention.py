@@ -1,6 +1,6 @@
 """Attention on every backend, against numpy and timm, and in every kind of derivative."""
 
-import mlomae  # noqa: F401  mends torchvision's import, which timm's needs
+import mlomae  # noqa: F401  fixes torchvision's import, which timm's needs
 
 # isort: split
 import logging
@@ -242,8 +242,8 @@ def truth() -> list[np.ndarray]:
 
 
 def test_math_can_be_differentiated_twice(truth):
-    for found, expected in zip(double_backward("math", *POINT), truth, strict=True):
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+    for ours, expected in zip(double_backward("math", *POINT), truth, strict=True):
+        np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
@@ -251,8 +251,8 @@ def test_fused_kernels_do_not_guess_a_second_derivative(backend, truth):
     with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
         double_backward(backend, *POINT)
     with sdpa_kernel(SDPBackend.MATH):
-        found = double_backward(backend, *POINT)
-    for ours, expected in zip(found, truth, strict=True):
+        gradients = double_backward(backend, *POINT)
+    for ours, expected in zip(gradients, truth, strict=True):
         np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -285,8 +285,8 @@ def test_gradients_of_tangents_are_right_in_the_tangent_pass(backend, truth):
     with forward_ad.dual_level(), differentiable_functions():
         duals = [forward_ad.make_dual(t, a) for t, a in zip(tensors, along, strict=True)]
         tangent = forward_ad.unpack_dual(attention(*duals, backend)).tangent
-    found = torch.autograd.grad(tangent, tensors, up)
-    for ours, expected in zip(found, truth, strict=True):
+    gradients = torch.autograd.grad(tangent, tensors, up)
+    for ours, expected in zip(gradients, truth, strict=True):
         np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 

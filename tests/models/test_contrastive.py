@@ -35,14 +35,14 @@ def test_without_other_ranks_a_batch_norm_is_that_of_torch() -> None:
     for _ in range(3):
         x = torch.randn(7, 5, dtype=torch.float64) * 3 + 2
         weights = torch.randn(7, 5, dtype=torch.float64)
-        found = []
+        results = []
         for norm in (ours, theirs):
             norm.zero_grad()
             leaf = x.clone().requires_grad_()
             (norm(leaf) * weights).sum().backward()
-            found.append((leaf.grad, norm.weight.grad, norm.bias.grad, norm(x)))
-        for own, other in zip(*found, strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12)
+            results.append((leaf.grad, norm.weight.grad, norm.bias.grad, norm(x)))
+        for ours, other in zip(*results, strict=True):
+            torch.testing.assert_close(ours, other, rtol=1e-11, atol=1e-12)
     assert ours.running_var.sub(1).abs().max() > 0.5
     for name, buffer in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], buffer)

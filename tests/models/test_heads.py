@@ -31,11 +31,11 @@ def test_scores_follow_the_formula(masked):
     embedding = torch.randn(2, NUM_PATCHES, DIM, dtype=torch.float64)
     scores = network(embedding)
     assert scores.shape == (2, NUM_PATCHES) and scores.dtype == torch.float64
-    for e, found in zip(embedding, scores, strict=True):
+    for e, score in zip(embedding, scores, strict=True):
         row = torch.cat(list(e))  # patch after patch
         hidden = (network.fc1.weight @ row + network.fc1.bias).clamp(min=0)
         logits = network.fc2.weight @ hidden + network.fc2.bias
-        torch.testing.assert_close(found, 1 / (1 + (-logits).exp()), rtol=1e-12, atol=0)
+        torch.testing.assert_close(score, 1 / (1 + (-logits).exp()), rtol=1e-12, atol=0)
 
 
 def test_theta_enters_through_the_loss_weights_alone(masked):

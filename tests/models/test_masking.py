@@ -50,11 +50,11 @@ def test_light_scores_are_those_of_plain_numpy():
     plain = PlainMae(weights, patch_size=1, num_heads=4, decoder_num_heads=1)
     scores = network(embedding)
     assert scores.shape == (2, 9)
-    for patches, found in zip(embedding.numpy(), scores.detach().numpy(), strict=True):
+    for patches, image_scores in zip(embedding.numpy(), scores.detach().numpy(), strict=True):
         tokens = plain._linear("embed", plain._norm("norm_in", patches))
         tokens = plain._norm("norm", plain._blocks("blocks", tokens, 4))
         logits = plain._linear("score", tokens)[:, 0]
-        np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), rtol=1e-11)
+        np.testing.assert_allclose(image_scores, 1 / (1 + np.exp(-logits)), rtol=1e-11)
 
 
 @pytest.mark.parametrize("dim", WIDTHS)

@@ -293,16 +293,20 @@ def _norm_on_a_part(x: Tensor, target: Tensor) -> dict[str, Tensor]:
     torch.manual_seed(3)
     norm = BatchNorm(x.shape[1]).double()
     norm.weight.data.uniform_(), norm.bias.data.uniform_()
-    own = x.chunk(world_size)[rank].clone().requires_grad_()
-    out = norm(own)
+    images = x.chunk(world_size)[rank].clone().requires_grad_()
+    out = norm(images)
     ((out - target.chunk(world_size)[rank]) ** 2).mean().backward()
     for parameter in norm.parameters():
         dist.all_reduce(parameter.grad)
         parameter.grad /= world_size
-    values = {"out": out.detach(), "x.grad": own.grad / world_size, "weight": norm.weight.detach()}
+    values = {
+        "out": out.detach(),
+        "x.grad": images.grad / world_size,
+        "weight": norm.weight.detach(),
+    }
     grads = {f"{name}.grad": p.grad for name, p in norm.named_parameters()}
     norm.eval()
-    return values | grads | dict(norm.named_buffers()) | {"eval": norm(own).detach()}
+    return values | grads | dict(norm.named_buffers()) | {"eval": norm(images).detach()}
 
 
 def test_batch_norm_over_ranks_is_torchs_over_the_whole_batch(tmp_path: Path):

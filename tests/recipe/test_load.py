@@ -11,7 +11,7 @@ from mlomae.recipe import RESULT_NEUTRAL_KEYS, differing_keys, dump_recipe, load
 from mlomae.recipe.hypergradient import build_estimator
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
-# those of pretraining; other kinds of runs have schemas of their own
+# those of pretraining; other kinds of runs have other schemas
 SHIPPED = sorted(
     path.stem
     for path in RECIPES.glob("*.yaml")
@@ -61,10 +61,10 @@ def test_shipped_recipe_survives_a_round_trip(name, tmp_path):
 )
 def test_override_is_applied_and_printed(text, value, tmp_path):
     recipe = load_recipe(QUICKSTART, Recipe, [text])
-    found = recipe
+    value_read = recipe
     for name in text.partition("=")[0].split("."):
-        found = getattr(found, name)
-    assert found == value and type(found) is type(value)
+        value_read = getattr(value_read, name)
+    assert value_read == value and type(value_read) is type(value)
     assert load_recipe(write(tmp_path, dump_recipe(recipe)), Recipe) == recipe
 
 
@@ -124,8 +124,12 @@ def test_base_lr_counts_views():
 
 def test_labels_are_those_of_the_images_unless_there_is_a_section_downstream():
     recipe = load_recipe(QUICKSTART, Recipe)
-    own = recipe.labelled
-    assert (own.task, own.train, own.num_classes) == ("classification", recipe.data.train, 10)
+    labelled = recipe.labelled
+    assert (labelled.task, labelled.train, labelled.num_classes) == (
+        "classification",
+        recipe.data.train,
+        10,
+    )
     section = "downstream={task: segmentation, train: scenes.beton, num_classes: 3}"
     other = load_recipe(QUICKSTART, Recipe, ["data.num_classes=null", section])
     assert other.labelled == other.downstream and other.labelled.task == "segmentation"
@@ -135,7 +139,7 @@ def test_labels_are_those_of_the_images_unless_there_is_a_section_downstream():
     ]
 
 
-# overrides -> what the sentence must hold: key, value, mend
+# overrides -> what the sentence must hold: key, value, fix
 REFUSED = {
     "typo": (["pretrain.batchsize=3"], "pretrain.batchsize", "pretrain.batch_size"),
     "wrong section": (["pretrain.dropout=0"], "pretrain.dropout", "classifier.dropout"),
@@ -248,7 +252,7 @@ REFUSED = {
         "remove one of the two",
     ),
     "no value": (["seed"], "seed", "key.subkey=value"),
-    "no YAML": (["data.mean=[1"], "data.mean=[1", "mend"),
+    "no YAML": (["data.mean=[1"], "data.mean=[1", "fix"),
 }
 
 

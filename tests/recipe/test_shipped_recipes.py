@@ -196,7 +196,7 @@ def test_the_light_network_is_light_in_every_recipe(name):
     assert sum(p.numel() for p in network.parameters()) < 1_000_000
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/examinations.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/results.md"])
 def test_every_recipe_in_a_text_is_shipped(page):
     text = (RECIPES.parents[1] / page).read_text(encoding="utf-8")
     named = set(re.findall(r"--recipe ([a-z]\w+)", text)) | set(re.findall(r"`(knn_\w+)`", text))

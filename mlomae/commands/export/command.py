@@ -119,7 +119,7 @@ def _describe(format: str, exported: Exported, folder: Path) -> None:
 
 
 def _default_folder(run: str | Path, checkpoint: Path) -> Path:
-    """RUN/export; one checkpoint's own folder there when it was asked for by name."""
+    """RUN/export; a checkpoint's folder there when it was asked for by name."""
     folder = run_folder(checkpoint) / "export"
     was_named = Path(run).resolve() == checkpoint != run_folder(checkpoint)
     return folder / checkpoint.name if was_named else folder
@@ -133,18 +133,18 @@ def _check_replaceable(folder: Path) -> None:
     """
     if not os.path.lexists(folder):
         return
-    mend = "choose another --output, or move it away"
+    fix = "choose another --output, or move it away"
     if folder.is_symlink() or not folder.is_dir():
-        raise UserError(f"{folder} is a file or a link: {mend}")
+        raise UserError(f"{folder} is a file or a link: {fix}")
     names = _file_names(folder)
     if not names and not any(folder.iterdir()):
         return
     written = _checksums(folder)
     if not written:
-        raise UserError(f"{folder} holds something else than an export: {mend}")
+        raise UserError(f"{folder} holds something else than an export: {fix}")
     for name in names:
         if name != EXPORT_FILE and written.get(name) != _checksum(folder / name):
-            raise UserError(f"{folder / name} was added or changed after the export: {mend}")
+            raise UserError(f"{folder / name} was added or changed after the export: {fix}")
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -169,7 +169,7 @@ def _written_at_once(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} cannot be written ({error}): choose another --output, or "
-            "mend its rights or space"
+            "fix its rights or space"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

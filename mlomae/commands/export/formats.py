@@ -42,7 +42,7 @@ def check_format(format: str, recipe: Recipe) -> None:
     """Refuse what a format cannot hold, before any weights are read.
 
     Raises:
-        UserError: names the key or the package, and the mend.
+        UserError: names the key or the package, and the fix.
     """
     if format == "onnx" and not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UserError(
@@ -66,7 +66,7 @@ def write_timm(exported: Exported, folder: Path) -> None:
 
 
 def timm_config(exported: Exported) -> dict[str, Any]:
-    """timm's own configuration format."""
+    """timm's configuration format."""
     model, data = exported.model, exported.recipe.data
     architecture, model_args = timm_architecture(exported)
     return {
@@ -99,16 +99,18 @@ def timm_architecture(exported: Exported) -> tuple[str, dict[str, Any]]:
     same_but_patches = [known for known in TIMM_MODELS if known[:3] == sizes[:3]]
     base = sizes if sizes in TIMM_MODELS else (*same_but_patches, (768, 12, 12, 16))[0]
     names = ("embed_dim", "depth", "num_heads", "patch_size")
-    own = {n: s for n, s, known in zip(names, sizes, base, strict=True) if s != known}
+    arguments: dict[str, Any] = {
+        name: size for name, size, known in zip(names, sizes, base, strict=True) if size != known
+    }
     if mlp_ratio != 4:
-        own["mlp_ratio"] = mlp_ratio
+        arguments["mlp_ratio"] = mlp_ratio
     if model.in_chans != 3:
-        own["in_chans"] = model.in_chans
+        arguments["in_chans"] = model.in_chans
     if model.image_size != (224, 224):
-        own["img_size"] = list(model.image_size)
+        arguments["img_size"] = list(model.image_size)
     if model.global_pool == "avg":  # ours normalises before the mean, timm's default after it
-        own |= {"global_pool": "avg", "fc_norm": False}
-    return TIMM_MODELS[base], own
+        arguments |= {"global_pool": "avg", "fc_norm": False}
+    return TIMM_MODELS[base], arguments
 
 
 # --- Transformers ------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def hf_config(exported: Exported) -> dict[str, Any]:
     }
 
 
-# --- our own names -----------------------------------------------------------------------------
+# --- our names ---------------------------------------------------------------------------------
 
 
 def write_safetensors(exported: Exported, folder: Path) -> None:
@@ -181,7 +183,7 @@ def write_onnx(exported: Exported, folder: Path) -> None:
     """
     encoder = _plain_copy(exported)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about its own insides
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, about its insides
         torch.onnx.export(
             encoder,
             (_random_images(encoder, 2),),  # not 1, which would be taken for a constant
@@ -213,8 +215,8 @@ def _compare(encoder: MaskedAutoencoder, file: Path) -> None:
     for batch_size in (1, 3):
         images = _random_images(encoder, batch_size)
         expected = encoder(images)
-        (found,) = session.run(None, {"images": images.numpy()})
-        difference = (torch.from_numpy(found) - expected).abs().max() / expected.abs().max()
+        (features,) = session.run(None, {"images": images.numpy()})
+        difference = (torch.from_numpy(features) - expected).abs().max() / expected.abs().max()
         if not difference < 1e-4:  # NaN included
             raise UserError(
                 f"onnxruntime's features differ from PyTorch's by {difference:.1g} of the largest "

@@ -16,8 +16,8 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from mlomae.commands.gradcheck.problem import list_reductions, reduce_config, reduce_recipe
-from mlomae.commands.gradcheck.rows import LOWER, NUM_CYCLES, Bench, Cost, Row, make_rows
+from mlomae.commands.gradcheck.problem import LOWER, list_reductions, reduce_config, reduce_recipe
+from mlomae.commands.gradcheck.rows import NUM_CYCLES, Bench, Cost, Row, make_rows
 from mlomae.distributed.start import launched_world_size, report, set_up_logging, start_ranks
 from mlomae.errors import UserError
 from mlomae.pretraining.program import build_levels
@@ -88,8 +88,8 @@ def run(job: Job[Recipe], original: Recipe) -> int:
         bench.measure_cost(row)
     bench.compare(rows)
     _print_table(console, rows, unit)
-    (own,) = (row for row in rows if row.is_own)
-    sentence, is_within = judge(own, levels["pretrain"].dtype)
+    (recipe_row,) = (row for row in rows if row.is_of_recipe)
+    sentence, is_within = judge(recipe_row, levels["pretrain"].dtype)
     console.print(f"\n{sentence}")
     dist.barrier()  # a launcher kills rank 0 as soon as another one has ended
     return 0 if is_within else 1
@@ -175,7 +175,7 @@ def _print_table(console: Console, rows: list[Row], unit: Cost) -> None:
 
 
 def _cells(row: Row, unit: Cost) -> list[str]:
-    name = f"*{row.name}" if row.is_own else row.name
+    name = f"*{row.name}" if row.is_of_recipe else row.name
     truth = " + ".join(str(row.steps[level]) for level in LOWER)
     if row.reason:
         return [name, truth, "unusable", "", "", ""]

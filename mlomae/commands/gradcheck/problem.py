@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mlomae.distributed.collectives import gather_objects
-from mlomae.hypergrad.losses import Loss, Models, ReplayedLoss
-from mlomae.hypergrad.randomness import restored
+from mlomae.hypergrad.losses import Loss, Models, ReplayedLoss, WeightedLoss
+from mlomae.hypergrad.randomness import RandomState, restored
 from mlomae.hypergrad.records import MicroBatch
 from mlomae.hypergrad.reference import OptimizerRules, ReferenceLevel, hypergradient, to_double
+from mlomae.models.classifier import ClassificationHead
 from mlomae.models.mae import num_kept
 from mlomae.pretraining.mlo_mae import HEAD_LOSSES, UNLABELLED
 from mlomae.pretraining.networks import BUILDERS
@@ -35,7 +36,7 @@ NUM_CLASSES = 10
 
 LOWER = ("pretrain", "classifier")
 
-Weights = dict[str, Tensor]
+NamedTensors = dict[str, Tensor]
 Labelled = tuple[Tensor, Tensor]  # images [B, 3, H, W] and labels [B] or masks [B, H, W]
 
 
@@ -76,11 +77,11 @@ def _reduced_model(recipe: Recipe) -> dict[str, Any]:
 
 def _side(model: ModelRecipe, mask_ratio: float) -> int:
     """Patches per side: few, but of them some are kept and some hidden."""
-    own = max(model.grid_size)
-    for side in range(min(GRID, own), own):
+    longest = max(model.grid_size)
+    for side in range(min(GRID, longest), longest):
         if 0 < num_kept(side**2, mask_ratio) < side**2:
             return side
-    return own
+    return longest
 
 
 def reduce_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class Truth:
     """Follows the lower levels through a cycle, and differentiates their steps in float64.
 
     The batches of all ranks are the micro-batches of the reference's steps. The state is the
-    engines' own: weights in compute precision, the optimizer's memory in float32.
+    engines': weights in compute precision, the optimizer's memory in float32.
     """
 
     def __init__(self, recipe: Recipe, levels: Mapping[str, TrainingLevel]) -> None:
@@ -155,7 +156,7 @@ class Truth:
         """Remember a level's state before its next step. All ranks must call."""
         self._before[level.name].append((_weights(level), _memory(level)))
 
-    def hypergradient(self, steps: Mapping[str, int], batch: Any) -> Weights:
+    def hypergradient(self, steps: Mapping[str, int], batch: Any) -> NamedTensors:
         """The derivative of the mask level's loss. All ranks must call.
 
         Args:
@@ -186,10 +187,10 @@ class Truth:
         batches = [[m for part in r.micro_batches for m in self._passes(part)] for r in records]
         return ReferenceLevel(name, module, loss, batches, rules)
 
-    def _module(self, name: str, weights: Weights) -> nn.Module:
+    def _module(self, name: str, weights: NamedTensors) -> nn.Module:
         module = BUILDERS[name](self._recipe).to(self._device).double()
         module.load_state_dict(weights, strict=False)  # fixed positions are no weights
-        if name == "classifier":
+        if isinstance(module, ClassificationHead):
             module.dropout = SameDraws(module.dropout.p, self._levels["classifier"].dtype)
         return module
 
@@ -203,8 +204,9 @@ class Truth:
         return [_moved(other, self._device) for other in values]
 
 
-def _weights(level: TrainingLevel) -> Weights:
-    return to_double(level.named(level.partition.weights()))
+def _weights(level: TrainingLevel) -> NamedTensors:
+    weights: NamedTensors = to_double(level.named(level.partition.weights()))
+    return weights
 
 
 def _memory(level: TrainingLevel) -> dict[str, Any]:
@@ -234,6 +236,7 @@ class _PretrainLoss:
         random_state.restore()
         if isinstance(self.loss, ReplayedLoss):
             return self.loss.loss(models, masked, frozen)[0]
+        assert isinstance(self.loss, WeightedLoss)
         losses, frozen = self.loss.losses(models, masked, frozen)
         return (self.loss.weights(models, frozen) * losses).sum()
 
@@ -273,6 +276,6 @@ def _moved(value: Any, device: torch.device) -> Any:
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.to(device)
-        return dataclasses.replace(leaf, index=device) if dataclasses.is_dataclass(leaf) else leaf
+        return dataclasses.replace(leaf, index=device) if isinstance(leaf, RandomState) else leaf
 
     return tree_map(move, value)

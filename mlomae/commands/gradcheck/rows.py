@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mlomae.commands.gradcheck.memory import PeakMemory
-from mlomae.commands.gradcheck.problem import LOWER, Labelled, RandomBatches, Truth, Weights
+from mlomae.commands.gradcheck.problem import LOWER, Labelled, NamedTensors, RandomBatches, Truth
 from mlomae.hypergrad import Estimator, FiniteDifference, Hypergradient, Identity, Level
 from mlomae.hypergrad.reference import cosine, relative_error
 from mlomae.pretraining.masks import MaskSchedule
@@ -42,7 +42,7 @@ class Row:
 
     Attributes:
         section: what a recipe says to get it.
-        is_own: whether it is the recipe's.
+        is_of_recipe: whether it is the recipe's.
         steps: newest steps of each lower level that its truth goes back through.
         reason: why it cannot be used here; empty when it can.
         cost: of one hypergradient; bytes above those of the cycle's beginning, so what the steps
@@ -50,7 +50,7 @@ class Row:
     """
 
     section: HypergradientRecipe
-    is_own: bool
+    is_of_recipe: bool
     steps: dict[str, int]
     reason: str = ""
     errors: list[float] = field(default_factory=list)
@@ -63,16 +63,16 @@ class Row:
     @property
     def name(self) -> str:
         """The estimator with what differs from the defaults; its steps stand in the table."""
-        section, recursion = self.section, self.estimator
+        section, estimator = self.section, self.estimator
         fields = type(section).model_fields
-        is_difference = isinstance(recursion, FiniteDifference)
-        name = type(recursion.estimator if is_difference else recursion).__name__
         keys = [key for key in ESTIMATOR_KEYS[section.estimator] if key not in STEP_KEYS]
         values = {key: getattr(section, key) for key in (*keys, *NO_DIFFERENCE)}
-        given = [f"{k}={v:g}" for k, v in values.items() if v != fields[k].default]
-        if is_difference:
-            return f"FiniteDifference({', '.join([name, *given])})"
-        return f"{name}({', '.join(given)})" if given else name
+        changed = [f"{k}={v:g}" for k, v in values.items() if v != fields[k].default]
+        if isinstance(estimator, FiniteDifference):
+            name = type(estimator.estimator).__name__
+            return f"FiniteDifference({', '.join([name, *changed])})"
+        name = type(estimator).__name__
+        return f"{name}({', '.join(changed)})" if changed else name
 
     @property
     def error(self) -> float:
@@ -84,8 +84,8 @@ class Row:
 
 
 def make_rows(recipe: Recipe) -> list[Row]:
-    """Every estimator, exact ones first, and the recipe's own where it is none of them."""
-    own = recipe.hypergradient
+    """Every estimator, exact ones first, and the recipe's where it is none of them."""
+    recipe_section = recipe.hypergradient
     taken = {name: recipe.levels[name].steps_per_cycle for name in LOWER}
     whole = {f"{name}_steps": num for name, num in taken.items()}
     changes: list[dict[str, Any]] = [
@@ -95,13 +95,14 @@ def make_rows(recipe: Recipe) -> list[Row]:
         {"estimator": "unrolled", "relative_step": 1e-4},
         {"estimator": "identity", "radius": 0.01},
     ]
-    sections = [own.model_copy(update={**NO_DIFFERENCE, **change}) for change in changes]
+    sections = [recipe_section.model_copy(update={**NO_DIFFERENCE, **change}) for change in changes]
     rows: list[Row] = []
-    for section in [*sections, own]:
+    for section in [*sections, recipe_section]:
         if section not in [row.section for row in rows]:
             steps = {name: getattr(section, f"{name}_steps") for name in LOWER}
             has_steps = ESTIMATOR_KEYS[section.estimator] == STEP_KEYS
-            rows.append(Row(section, section == own, steps if has_steps else taken))
+            is_of_recipe = section == recipe_section
+            rows.append(Row(section, is_of_recipe, steps if has_steps else taken))
     return rows
 
 
@@ -147,19 +148,19 @@ class Bench:
         problem = self._problem(_Recorder())
         reference = Truth(self._recipe, self._levels)
         usable = [row for row in rows if not row.reason]
-        # The recipe's own comes first, for what a step keeps serves one sweep, as in training.
-        usable.sort(key=lambda row: not row.is_own)
+        # The recipe's comes first, for what a step keeps serves one sweep, as in training.
+        usable.sort(key=lambda row: not row.is_of_recipe)
         for _ in range(NUM_CYCLES):
             batch = self._train(problem, reference)
-            truths: dict[str, Weights] = {}
+            truths: dict[str, NamedTensors] = {}
             for row in usable:
                 key = str(row.steps)
                 if key not in truths:
                     truths[key] = reference.hypergradient(row.steps, batch)
                 problem.estimator = row.estimator
-                found = problem.mask.named(_hypergradient(problem, batch).vector)
-                row.errors.append(relative_error(found, truths[key]))
-                row.cosines.append(cosine(found, truths[key]))
+                estimate = problem.mask.named(_hypergradient(problem, batch).vector)
+                row.errors.append(relative_error(estimate, truths[key]))
+                row.cosines.append(cosine(estimate, truths[key]))
             problem.clear()
 
     def _problem(self, estimator: Estimator) -> MloMaeProblem:

@@ -32,4 +32,4 @@ def main(argv: Sequence[str]) -> int:
 
     from mlomae.commands.plan import command  # late, so that --help is quick
 
-    return command.main(command.Request(**vars(parsed)))
+    return command.main(command.PlanRequest(**vars(parsed)))

@@ -80,9 +80,9 @@ def advise(plan: Plan, peak: int, budget: float) -> list[Step]:
         step = None
         for text, changed in change(plan):
             with suppress(UserError, ValueError):
-                found = changed.cycle().fullest.total
-                if found < 0.99 * peak:
-                    plan, peak = changed, found
+                changed_peak = changed.cycle().fullest.total
+                if changed_peak < 0.99 * peak:
+                    plan, peak = changed, changed_peak
                     step = Step(text, plan, peak)  # in place of a lesser value of the same
             if peak <= budget:
                 break

@@ -31,7 +31,7 @@ FITS, BAD_INPUT, TOO_LARGE = 0, 2, 3
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What the command line asks for.
 
     Attributes:
@@ -51,7 +51,7 @@ class Request:
     overrides: Sequence[str]
 
 
-def main(request: Request) -> int:
+def main(request: PlanRequest) -> int:
     """Print the plan. Returns 0 when it fits, 3 when not, 2 for bad input."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -68,7 +68,7 @@ def main(request: Request) -> int:
     return _report(plan, cycle, num_images)
 
 
-def read_plan(request: Request) -> Plan:
+def read_plan(request: PlanRequest) -> Plan:
     """Recipe, JSON and cluster.
 
     Raises:
@@ -92,15 +92,19 @@ def read_plan(request: Request) -> Plan:
     return Plan(recipe, config, cluster)
 
 
-def count_images(recipe: Recipe, given: int | None) -> int | None:
+def count_images(recipe: Recipe, num_images: int | None) -> int | None:
     """Images that the first level draws from; None when neither flag nor file says it.
+
+    Args:
+        num_images: in data.train, as the flag says it.
 
     Raises:
         DataError: the file is damaged.
     """
     is_split = recipe.method == "mlo_mae" and recipe.downstream is None
-    if given is not None:
-        return given - round(given * recipe.data.mask_fraction) if is_split else given
+    if num_images is not None:
+        num_held_out = round(num_images * recipe.data.mask_fraction) if is_split else 0
+        return num_images - num_held_out
     if not Path(recipe.data.train).exists():
         return None
     info = inspect_images(recipe.data.train)

@@ -78,10 +78,10 @@ def simulate(recipe: Recipe, deepspeed_config: Mapping[str, Any], world_size: in
     ledger = Ledger(on_host=_on_host(deepspeed_config))
     stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     with _no_ranks(world_size), _without_memory(ledger, stage), ledger:
-        return _Problem(recipe, deepspeed_config, world_size, ledger).cycle()
+        return _PlannedProblem(recipe, deepspeed_config, world_size, ledger).cycle()
 
 
-class _Problem:
+class _PlannedProblem:
     """The recipe's levels, and their cycle."""
 
     def __init__(
@@ -153,7 +153,6 @@ class _Problem:
     def _result(self, repeats: dict[str, float]) -> Cycle:
         ledger = self.ledger
         here = {part: n for part, n in ledger.live.items() if n and part not in ledger.on_host}
-        shapes = {name: level.partition.shapes.values() for name, level in self.levels.items()}
         return Cycle(
             at_rest=Moment("between two cycles", here),
             moments={
@@ -162,15 +161,18 @@ class _Problem:
             host={part: ledger.live[part] for part in ledger.on_host if ledger.live[part]},
             flops={phase: n * repeats.get(phase, 1) for phase, n in ledger.flops.items()},
             sent={key: n * repeats.get(key[0], 1) for key, n in ledger.sent.items()},
-            num_weights={name: sum(s.numel() for s in own) for name, own in shapes.items()},
+            num_weights={
+                name: sum(shape.numel() for shape in level.partition.shapes.values())
+                for name, level in self.levels.items()
+            },
         )
 
     def _pretrain_step(self) -> None:
-        own, model = self.recipe.pretrain, self.recipe.model
+        section, model = self.recipe.pretrain, self.recipe.model
         ratio = self.recipe.masking.mask_ratio
         keep = num_kept(model.num_patches, ratio)
-        drawn = self._images("pretrain", own.num_views)  # the stream's, of which parts are copied
-        parts = drawn.chunk(own.gradient_accumulation_steps)
+        stream_batch = self._images("pretrain", section.num_views)  # parts of it are copied
+        parts = stream_batch.chunk(section.gradient_accumulation_steps)
         drawn_noise = self.recipe.masking.selection == "gumbel_top_k"
         noise = self.recipe.masking.temperature if drawn_noise else 0.0
         with self.ledger.part(IMAGES):
@@ -190,9 +192,9 @@ class _Problem:
 
     def _mask_step(self) -> None:
         assert self.problem is not None
-        found = self.problem.hypergradient("mask", self._labelled("mask"))
+        hypergradient = self.problem.hypergradient("mask", self._labelled("mask"))
         level = self.levels["mask"]
-        level.set_gradient(found.vector)
+        level.set_gradient(hypergradient.vector)
         level.apply()
 
     def _images(self, name: str, num_views: int = 1) -> Tensor:
@@ -222,20 +224,21 @@ def _optimizer(module: nn.Module, recipe: LevelRecipe) -> torch.optim.Optimizer:
         groups = param_groups_weight_decay(module, recipe.weight_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
 
 
 def _label(level: Level, ledger: Ledger) -> None:
     """Give what a partition makes to its part of the memory, and let it have no scalars."""
-    own: Any = level.partition
-    ledger.shard_sizes |= {shard.numel() for shard in own.shards()}
-    own._sum_over_ranks = lambda value: 1.0
+    planned: Any = level.partition
+    ledger.shard_sizes |= {shard.numel() for shard in planned.shards()}
+    planned._sum_over_ranks = lambda value: 1.0
     for part, names in {
         VECTORS: ("zeros", "weights"),
         BUFFERS: ("gather", "current", "add_gradients"),
     }.items():
         for name in names:
-            setattr(own, name, partial(_labelled, ledger, part, getattr(own, name)))
+            method = getattr(planned, name)
+            setattr(planned, name, partial(_labelled, ledger, part, method))
 
 
 def _labelled(ledger: Ledger, part: str, method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -298,9 +301,9 @@ def _locate(weights: Any, tensor: Tensor) -> Any:
     """As `Weights.locate`."""
     if not weights._partition.is_sharded or tensor._is_zerotensor():
         return None
-    own = tensor.untyped_storage()._cdata
-    for is_tangent, found in ((False, weights._values), (True, weights._tangents)):
-        for name, weight in found.items():
-            if weight.untyped_storage()._cdata == own:
+    storage = tensor.untyped_storage()._cdata
+    for is_tangent, tensors in ((False, weights._values), (True, weights._tangents)):
+        for name, weight in tensors.items():
+            if weight.untyped_storage()._cdata == storage:
                 return weights, weights._bucket, name, is_tangent
     return None

@@ -2,7 +2,7 @@
 
 An engine here allocates on the `meta` device what DeepSpeed 0.19 allocates at the same moment:
 flat groups, shards, gradient buckets, gathered weights. It has the attributes that
-`mlomae.hypergrad` reads of an engine, so that all the rest of a cycle is the program's own code.
+`mlomae.hypergrad` reads of an engine, so that all the rest of a cycle is the program's code.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ class PlannedEngine:
     """What all stages share: the names under which an engine is read, and stage 0.
 
     Args:
-        zero: DeepSpeed's own settings of `zero_optimization`.
+        zero: DeepSpeed's settings of `zero_optimization`.
         dtype: of forward and backward passes.
         owner: ends the names of the parts that hold weights, gradients and optimizer.
     """
@@ -183,4 +183,4 @@ def _no_arithmetic(optimizer: torch.optim.Optimizer) -> None:
     pass
 
 
-_fused_step = torch.optim.Optimizer.profile_hook_step(_no_arithmetic)  # type: ignore
+_fused_step = torch.optim.Optimizer.profile_hook_step(_no_arithmetic)

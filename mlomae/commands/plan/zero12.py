@@ -38,14 +38,16 @@ class PlannedZero12(PlannedEngine):
             share = nn.Parameter(torch.empty(numel // world_size, device="meta"))
         self.basic_optimizer.param_groups[index]["params"] = [share]
         self.optimizer.single_partition_of_fp32_groups.append(share)
-        mine, start = [], 0
+        mine: list[Tensor] = []
+        start = 0
         for param in params:
             end = start + param.numel()
             param.data = flat[start:end].view(param.shape)
             if start < share.numel():  # this is rank 0, whose slice is the first
                 param._index_in_param_group = len(mine)  # type: ignore[attr-defined]
                 mine.append(param)
-            param._hp_mapping = _mapping(index, start, end, share.numel())  # type: ignore
+            mapping = _mapping(index, start, end, share.numel())
+            param._hp_mapping = mapping  # type: ignore[attr-defined]
             start = end
         self._shares.append(SimpleNamespace(flat=flat, share=share, mine=mine))
 
@@ -137,7 +139,8 @@ class PlannedZero12(PlannedEngine):
             grads = self.optimizer.averaged_gradients[index]
             flat = torch.empty(share.share.numel(), dtype=grads[0].dtype, device="meta")
             share.share.grad = flat.to(torch.float32)
-            self.optimizer.averaged_gradients[index] = grads = flat = None
+            self.optimizer.averaged_gradients[index] = None
+            del grads, flat
             self.run_optimizer([self.basic_optimizer.param_groups[index]])
             share.share.grad = None
         for share in self._shares:

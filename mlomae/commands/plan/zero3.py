@@ -32,7 +32,7 @@ class PlannedZero3(PlannedEngine):
                 self._cut(param, flat[start : start + size])
                 wrapper.grad_position[id(param)] = (index, start, size)
                 start += size
-        total = sum(param.ds_tensor.numel() for param in self.params)  # type: ignore[attr-defined]
+        total = sum(param.ds_tensor.numel() for param in self.params)
         with self.ledger.part(self.gradients):
             wrapper.grad_partitions_flat_buffer = torch.empty(
                 total, dtype=self.dtype, device="meta"
@@ -41,7 +41,7 @@ class PlannedZero3(PlannedEngine):
             self._bucket = torch.empty(
                 self.zero.reduce_bucket_size, dtype=self.dtype, device="meta"
             )
-        self._waiting: list[Tensor] = []
+        self._waiting: list[Any] = []
         self._gathering = Gathering(self)
 
     def watch(self) -> None:
@@ -56,7 +56,7 @@ class PlannedZero3(PlannedEngine):
     def on_gradient(self, param: Any) -> None:
         self._mark(param)
         with self.ledger.part(BUFFERS):
-            numel = sum(p.ds_numel for p in self._waiting)  # type: ignore[attr-defined]
+            numel = sum(p.ds_numel for p in self._waiting)
             if self._waiting and numel + param.ds_numel > self.zero.reduce_bucket_size:
                 self.reduce()
                 numel = 0
@@ -69,7 +69,7 @@ class PlannedZero3(PlannedEngine):
     def reduce(self) -> None:
         if self._waiting:
             world_size = dist.get_world_size()
-            numel = sum(p.ds_tensor.numel() for p in self._waiting)  # type: ignore[attr-defined]
+            numel = sum(p.ds_tensor.numel() for p in self._waiting)
             together = torch.empty(world_size * numel, dtype=self.dtype, device="meta")
             dist.reduce_scatter_tensor(together[:numel], together)
         for param in self._waiting:
@@ -80,7 +80,7 @@ class PlannedZero3(PlannedEngine):
         super().backward(loss)
         buffer, start = self.optimizer.grad_partitions_flat_buffer, 0
         for index, params in enumerate(self.groups):
-            sizes = [param.ds_tensor.numel() for param in params]  # type: ignore[attr-defined]
+            sizes = [param.ds_tensor.numel() for param in params]
             end = start + sum(sizes)
             self.optimizer.averaged_gradients[index] = list(buffer[start:end].split(sizes))
             start = end
@@ -91,10 +91,11 @@ class PlannedZero3(PlannedEngine):
         for index, master in enumerate(wrapper.fp32_partitioned_groups_flat):
             flat = torch.cat(wrapper.averaged_gradients[index])
             master.grad = flat.to(torch.float32)
-            wrapper.averaged_gradients[index] = flat = None
+            wrapper.averaged_gradients[index] = None
+            del flat
             self.run_optimizer([self.basic_optimizer.param_groups[index]])
             master.grad = None
-        self._gathering.gather([param for param in self.params if param.ds_persist])  # type: ignore
+        self._gathering.gather([param for param in self.params if param.ds_persist])
 
 
 class Gathering:
@@ -102,8 +103,8 @@ class Gathering:
 
     def __init__(self, engine: PlannedZero3) -> None:
         self._engine, self._zero = engine, engine.zero
-        own = [list(m.parameters(recurse=False)) for m in engine.module.modules()]
-        self._order: list[Any] = [param for params in own for param in params]
+        modules = engine.module.modules()
+        self._order: list[Any] = [p for m in modules for p in m.parameters(recurse=False)]
         self._ahead: list[Any] = []  # fetched, but not needed yet: in one flat buffer
         self._flat: Tensor | None = None
         with engine.ledger.part(None):
@@ -150,7 +151,7 @@ class Gathering:
     def _collect(self, params: list[Any]) -> Tensor:
         numel = sum(param.ds_tensor.numel() for param in params)
         with self._engine.ledger.part(BUFFERS):
-            flat = params[0].new_empty(numel * dist.get_world_size())
+            flat: Tensor = params[0].new_empty(numel * dist.get_world_size())
             dist.all_gather_into_tensor(flat, flat[:numel])
         return flat
 
@@ -163,7 +164,9 @@ class Gathering:
     def _after(self, module: nn.Module, _: Any, output: Any) -> None:
         for tensor in tree_leaves(output):  # of a whole model it may be a dictionary
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda _: self._before(module))
+                tensor.register_hook(  # type: ignore[no-untyped-call]
+                    lambda _: self._before(module)
+                )
         if torch._C._current_graph_task_id() != -1:  # recomputed for the backward pass
             return
         params = list(module.parameters(recurse=False))

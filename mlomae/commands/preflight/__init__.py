@@ -26,4 +26,4 @@ def main(argv: Sequence[str]) -> int:
 
     from mlomae.commands.preflight import command  # late, so that --help is quick
 
-    return command.main(command.Request(**vars(parsed)))
+    return command.main(command.PreflightRequest(**vars(parsed)))

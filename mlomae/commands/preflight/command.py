@@ -29,7 +29,7 @@ from mlomae.commands.preflight.checks import (
 )
 from mlomae.commands.preflight.hosts import Host, is_host_name, read_hostfile
 from mlomae.commands.preflight.recipe import read_needs
-from mlomae.commands.preflight.survey import Found, Questions, survey
+from mlomae.commands.preflight.survey import HostReport, Questions, survey
 from mlomae.errors import UserError
 
 _HERE = "this machine"
@@ -37,7 +37,7 @@ _LOG_WIDTH = 200  # of a file or a pipe: a row stays on one line
 
 
 @dataclass(frozen=True)
-class Request:
+class PreflightRequest:
     """The flags of the command."""
 
     hostfile: str | None = None
@@ -51,7 +51,7 @@ class Request:
     overrides: Sequence[str] = ()
 
 
-def main(request: Request) -> int:
+def main(request: PreflightRequest) -> int:
     """Print table and sentences, and return the exit code.
 
     0: all is well. 2: a host has a problem, or bad input.
@@ -60,15 +60,15 @@ def main(request: Request) -> int:
     console = Console(highlight=False, markup=False, emoji=False, width=width)
     try:
         hosts, needs, questions = _prepare(request)
-        found = asyncio.run(survey(hosts, questions))
+        reports = asyncio.run(survey(hosts, questions))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    problems = find_problems(found, needs)
-    console.print(_table(found, problems, needs))
-    for line in _notes(found, needs, request):
+    problems = find_problems(reports, needs)
+    console.print(_table(reports, problems, needs))
+    for line in _notes(reports, needs, request):
         console.print(line, soft_wrap=True)
-    sentences = _sentences(found, problems)
+    sentences = _sentences(reports, problems)
     for sentence in sentences:
         console.print(f"\n{sentence}.", soft_wrap=True)
     if not sentences:
@@ -76,7 +76,7 @@ def main(request: Request) -> int:
     return 2 if sentences else 0
 
 
-def _prepare(request: Request) -> tuple[list[Host], Needs, Questions]:
+def _prepare(request: PreflightRequest) -> tuple[list[Host], Needs, Questions]:
     """Read what the flags name.
 
     Raises:
@@ -103,7 +103,7 @@ def _prepare(request: Request) -> tuple[list[Host], Needs, Questions]:
     return hosts, needs, questions
 
 
-def _needs(request: Request, hosts: Sequence[Host]) -> Needs:
+def _needs(request: PreflightRequest, hosts: Sequence[Host]) -> Needs:
     if request.recipe is not None:
         slots = [host.slots for host in hosts if host.slots is not None]
         return read_needs(
@@ -114,54 +114,58 @@ def _needs(request: Request, hosts: Sequence[Host]) -> Needs:
             sum(slots) if slots else None,
             request.master_port,
         )
-    given = [*request.overrides]
+    ignored = [*request.overrides]
     if request.deepspeed_config is not None:
-        given.append(f"--deepspeed_config {request.deepspeed_config}")
-    if given:
-        raise UserError(f"{given[0]} is given without a recipe: give one in --recipe, too")
+        ignored.append(f"--deepspeed_config {request.deepspeed_config}")
+    if ignored:
+        raise UserError(f"{ignored[0]} is given without a recipe: give one in --recipe, too")
     folder = None if request.output_dir is None else Path(request.output_dir).absolute()
     return Needs({}, folder, None, request.master_port)
 
 
-def _table(found: Sequence[Found], problems: Sequence[Sequence[Problem]], needs: Needs) -> Table:
+def _table(
+    reports: Sequence[HostReport], problems: Sequence[Sequence[Problem]], needs: Needs
+) -> Table:
     table = Table(box=MARKDOWN)
     for column in ("host", *CHECKS):
         table.add_column(column, overflow="fold")
-    for one, own in zip(found, problems, strict=True):
-        cells = _good_cells(one, needs)
+    for report, of_host in zip(reports, problems, strict=True):
+        cells = _good_cells(report, needs)
         wrong: dict[str, dict[str, None]] = defaultdict(dict)
-        for problem in own:
+        for problem in of_host:
             wrong[problem.check][problem.cell] = None
         cells |= {check: ", ".join(words) for check, words in wrong.items()}
-        style = "red" if own else None
-        table.add_row(one.host.name, *(cells.get(check, "-") for check in CHECKS), style=style)
+        style = "red" if of_host else None
+        table.add_row(report.host.name, *(cells.get(check, "-") for check in CHECKS), style=style)
     return table
 
 
-def _good_cells(one: Found, needs: Needs) -> dict[str, str]:
+def _good_cells(report: HostReport, needs: Needs) -> dict[str, str]:
     """What stands in the table where there is no problem, for what was checked."""
-    cells = {} if one.lost is not None else {"ssh": "ok" if one.host.slots is not None else "-"}
-    if one.facts is not None:
-        cells |= {"python": "ok", "packages": "ok", "CUDA": "ok" if one.facts.cuda else "none"}
-        cells["GPUs"] = f"ok {one.facts.num_gpus}" if one.facts.num_gpus else "none"
-        cells["memory"] = f"ok {gib(one.facts.memory)}" if one.facts.memory is not None else "?"
-    if one.data:
+    cells: dict[str, str] = {}
+    if report.lost is None:
+        cells["ssh"] = "ok" if report.host.slots is not None else "-"
+    if (facts := report.facts) is not None:
+        cells |= {"python": "ok", "packages": "ok", "CUDA": "ok" if facts.cuda else "none"}
+        cells["GPUs"] = f"ok {facts.num_gpus}" if facts.num_gpus else "none"
+        cells["memory"] = f"ok {gib(facts.memory)}" if facts.memory is not None else "?"
+    if report.data:
         cells["data"] = "ok"
-    if isinstance(one.free, int):
-        cells |= {"output_dir": "ok", "space": f"ok {gib(one.free)}"}
+    if isinstance(report.free, int):
+        cells |= {"output_dir": "ok", "space": f"ok {gib(report.free)}"}
         if needs.checkpoint_bytes is None:
-            cells["space"] = gib(one.free)
-    if one.clock is not None:
-        cells["clock"] = f"ok {round(one.clock[0], 2) + 0.0:.2f} s"
-    if one.port is True:
+            cells["space"] = gib(report.free)
+    if report.clock is not None:
+        cells["clock"] = f"ok {round(report.clock[0], 2) + 0.0:.2f} s"
+    if report.port is True:
         cells["port"] = "ok"
     return cells
 
 
-def _notes(found: Sequence[Found], needs: Needs, request: Request) -> list[str]:
+def _notes(reports: Sequence[HostReport], needs: Needs, request: PreflightRequest) -> list[str]:
     """What the table compares, and what it leaves out."""
     notes = []
-    first = next((one for one in found if one.facts is not None), None)
+    first = next((report for report in reports if report.facts is not None), None)
     if first is not None and first.facts is not None:
         facts = first.facts
         have = [f"{name} {version}" for name, version in facts.packages.items() if version]
@@ -169,11 +173,11 @@ def _notes(found: Sequence[Found], needs: Needs, request: Request) -> list[str]:
         if gpus:
             gpus += f"driver {facts.driver}, CUDA {facts.cuda}, NCCL {facts.nccl}, "
         code = f"code {facts.code[:8]}" if facts.code else "no code of mlomae"
-        told = f"{gpus}Python {facts.python}, {', '.join(have)}, {code}"
-        notes.append(f"{first.host.name} has {told}.")
-        if not any(one.facts.num_gpus for one in found if one.facts is not None):
+        what = f"{gpus}Python {facts.python}, {', '.join(have)}, {code}"
+        notes.append(f"{first.host.name} has {what}.")
+        if not any(report.facts.num_gpus for report in reports if report.facts is not None):
             notes.append("No host has a GPU: slots are processes on the CPU.")
-    notes += _notes_on_data(found, needs, request.full_checksum)
+    notes += _notes_on_data(reports, needs, request.full_checksum)
     if needs.checkpoint_bytes is not None:
         notes.append(f"Checkpoints take about {gib(needs.checkpoint_bytes)} below output_dir.")
     if not request.recipe:
@@ -184,29 +188,29 @@ def _notes(found: Sequence[Found], needs: Needs, request: Request) -> list[str]:
     return notes
 
 
-def _notes_on_data(found: Sequence[Found], needs: Needs, full: bool) -> list[str]:
+def _notes_on_data(reports: Sequence[HostReport], needs: Needs, full: bool) -> list[str]:
     """How much of the data was compared."""
     notes = []
     for number, (key, path) in enumerate(needs.data.items()):
-        one = next((one.data[number] for one in found if one.data), None)
-        if one is None or one.error is not None:
+        contents = next((report.data[number] for report in reports if report.data), None)
+        if contents is None or contents.error is not None:
             continue
         by = "by size and SHA-256 of all bytes"
-        if one.num_bytes_read < one.size:
-            share = f"{gib(one.num_bytes_read)} of {gib(one.size)}"
+        if contents.num_bytes_read < contents.size:
+            share = f"{gib(contents.num_bytes_read)} of {gib(contents.size)}"
             by = f"by names, sizes and SHA-256 of {share}; --full_checksum compares all bytes"
-        files = "1 file" if one.num_files == 1 else f"{one.num_files} files"
+        files = "1 file" if contents.num_files == 1 else f"{contents.num_files} files"
         notes.append(f"{key} {path}: {files}, compared {by}.")
     return notes
 
 
-def _sentences(found: Sequence[Found], problems: Sequence[Sequence[Problem]]) -> list[str]:
+def _sentences(reports: Sequence[HostReport], problems: Sequence[Sequence[Problem]]) -> list[str]:
     """One for each problem, with the hosts that have it before it."""
     hosts: dict[str, dict[str, None]] = defaultdict(dict)
-    for one, own in zip(found, problems, strict=True):
-        for problem in own:
-            hosts[problem.sentence][one.host.name] = None
-    if len(found) > 1 and shutil.which("pdsh") is None:
+    for report, of_host in zip(reports, problems, strict=True):
+        for problem in of_host:
+            hosts[problem.sentence][report.host.name] = None
+    if len(reports) > 1 and shutil.which("pdsh") is None:
         hosts[
             "pdsh is missing, with which deepspeed starts the other hosts: install it (apt install "
             "pdsh), or give deepspeed another --launcher"

@@ -39,7 +39,7 @@ class _Answer(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class Gpu(_Answer):
+class HostGpu(_Answer):
     """A GPU as nvidia-smi names it; memory in bytes, None where it does not say."""
 
     name: Text
@@ -47,7 +47,7 @@ class Gpu(_Answer):
     used: int | None
 
 
-class Facts(_Answer):
+class HostFacts(_Answer):
     """What a launch would find on a host; see `probe.ask_facts`."""
 
     folder: bool
@@ -57,7 +57,7 @@ class Facts(_Answer):
     memory: int | None
     shm: int | None
     address: Text | None
-    gpus: list[Gpu]
+    gpus: list[HostGpu]
     driver: Text | None
     torch_error: Text | None
     num_gpus: int
@@ -77,7 +77,7 @@ class Contents(_Answer):
 
 ANSWERS: dict[str, TypeAdapter[Any]] = {
     "clock": TypeAdapter(Annotated[float, Field(allow_inf_nan=False, strict=True)]),
-    "facts": TypeAdapter(Facts),
+    "facts": TypeAdapter(HostFacts),
     "data": TypeAdapter(list[Contents]),
     "write": TypeAdapter(Annotated[int, Field(strict=True)]),
     "look": TypeAdapter(list[Annotated[bool, Field(strict=True)]]),
@@ -97,7 +97,7 @@ class LostHost(Exception):
     Attributes:
         check: the column that tells it.
         cell: the same in a word.
-        sentence: what is wrong, and the mend.
+        sentence: what is wrong, and the fix.
     """
 
     def __init__(self, check: str, cell: str, sentence: str) -> None:
@@ -195,7 +195,7 @@ class Conversation:
         raise ValueError("no end of the greeting")
 
 
-_SSH_MENDS = {  # what ssh says: (cell, what is wrong and how to mend it)
+_SSH_FIXES = {  # what ssh says: (cell, what is wrong and how to fix it)
     "Permission denied": ("no key", "it accepts no key: put yours there with ssh-copy-id"),
     "Host key verification failed": (
         "host key",
@@ -203,14 +203,14 @@ _SSH_MENDS = {  # what ssh says: (cell, what is wrong and how to mend it)
     ),
     "Could not resolve hostname": (
         "unknown",
-        "its name leads to no address: mend it in the hostfile, /etc/hosts or DNS",
+        "its name leads to no address: fix it in the hostfile, /etc/hosts or DNS",
     ),
     "Connection refused": ("refused", "no sshd answers: start it, or give its port in --ssh_port"),
 }
 
 
 def _explain(code: int | None, complaint: str) -> LostHost:
-    """Why a conversation did not begin; ssh's own exit code is 255."""
+    """Why a conversation did not begin; ssh's exit code is 255."""
     if code in (126, 127):
         return LostHost(
             "python",
@@ -218,7 +218,7 @@ def _explain(code: int | None, complaint: str) -> LostHost:
             f"the interpreter of this launch cannot be started there ({complaint}): install the "
             "environment at the same path on all hosts, or share its folder",
         )
-    for text, (cell, sentence) in _SSH_MENDS.items():
+    for text, (cell, sentence) in _SSH_FIXES.items():
         if text in complaint:
             return LostHost("ssh", cell, f"ssh failed ({complaint}): {sentence}")
     return LostHost(

@@ -32,7 +32,7 @@ def is_host_name(name: str) -> bool:
 
 
 def read_hostfile(path: str) -> list[Host]:
-    """Read a hostfile with DeepSpeed's own parser.
+    """Read a hostfile with DeepSpeed's parser.
 
     Raises:
         UserError: it is missing or empty, or a line is not `HOST slots=NUMBER`.

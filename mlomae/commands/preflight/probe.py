@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 READY = "mlomae preflight probe"  # the first line, behind whatever a login prints
 PACKAGES = ("mlomae", "torch", "deepspeed", "timm", "torchvision", "numpy", "safetensors")
 EXTRAS = ("ffcv", "flash-attn")
-ROOMS = ("mlomae", "data_ffcv", "eval")  # packages of this repository, compared file by file
+CODE_PACKAGES = ("mlomae", "data_ffcv", "eval")  # of this repository, compared file by file
 END_BYTES = 64 * 2**20  # a .beton's tables lie at its two ends
 BLOCK_BYTES, NUM_BLOCKS = 2**20, 64  # spread evenly over what lies between
 CONNECT_SECONDS = 5.0
@@ -73,12 +73,12 @@ def _version(name: str) -> str | None:
 def _code_digest() -> str | None:
     """A hash of this repository's code as Python would import it; None where it is not there."""
     digest, is_there = hashlib.sha256(), False
-    for room in ROOMS:
-        spec = importlib.util.find_spec(room)
+    for package in CODE_PACKAGES:
+        spec = importlib.util.find_spec(package)
         for place in (spec and spec.submodule_search_locations) or ():
             for file in sorted(Path(place).rglob("*.py")):
                 is_there = True
-                digest.update(f"{room}/{file.relative_to(place)}\n".encode())
+                digest.update(f"{package}/{file.relative_to(place)}\n".encode())
                 digest.update(file.read_bytes())
     return digest.hexdigest() if is_there else None
 
@@ -86,23 +86,23 @@ def _code_digest() -> str | None:
 def _available_memory() -> int | None:
     """Bytes that new processes can have."""
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        line = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         return None
-    return 1024 * int(found.group(1)) if found else None
+    return 1024 * int(line.group(1)) if line else None
 
 
 def _address() -> str | None:
     """The address of this host that DeepSpeed would give to the others."""
-    told = _output(["hostname", "-I"]).split()
-    return told[0] if told else None
+    addresses = _output(["hostname", "-I"]).split()
+    return addresses[0] if addresses else None
 
 
 def _nvidia_smi() -> dict[str, Any]:
     """Name, bytes and used bytes of each GPU, and their driver."""
     query = "--query-gpu=name,memory.total,memory.used,driver_version"
-    told = _output(["nvidia-smi", query, "--format=csv,noheader,nounits"])
-    rows = [line.split(", ") for line in told.splitlines() if line.count(", ") == 3]
+    table = _output(["nvidia-smi", query, "--format=csv,noheader,nounits"])
+    rows = [line.split(", ") for line in table.splitlines() if line.count(", ") == 3]
     gpus = [{"name": row[0], "memory": _mebibytes(row[1]), "used": _mebibytes(row[2])}
             for row in rows]  # fmt: skip
     return {"gpus": gpus, "driver": rows[0][3] if rows else None}
@@ -124,17 +124,18 @@ def _output(command: list[str]) -> str:
 
 def _torch() -> dict[str, Any]:
     """What torch says about itself and its GPUs."""
-    found: dict[str, Any] = {"torch_error": None, "num_gpus": 0, "cuda": None, "nccl": None}
+    facts: dict[str, Any] = {"torch_error": None, "num_gpus": 0, "cuda": None, "nccl": None}
     try:
         import torch
 
-        found["num_gpus"] = torch.cuda.device_count()
-        found["cuda"] = torch.version.cuda
-        if found["cuda"]:
-            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["num_gpus"] = torch.cuda.device_count()
+        facts["cuda"] = torch.version.cuda
+        if facts["cuda"]:
+            version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+            facts["nccl"] = ".".join(map(str, version))
     except Exception as error:  # a broken installation fails in every way there is
-        found["torch_error"] = f"{type(error).__name__}: {error}"
-    return found
+        facts["torch_error"] = f"{type(error).__name__}: {error}"
+    return facts
 
 
 def ask_data(paths: list[str], full: bool) -> list[dict[str, Any]]:
@@ -147,22 +148,22 @@ def ask_data(paths: list[str], full: bool) -> list[dict[str, Any]]:
 
 
 def _data(path: Path, full: bool) -> dict[str, Any]:
-    found = _Contents(full)
+    contents = _Contents(full)
     try:
         if path.is_dir():
-            found.add_folder(path)
+            contents.add_folder(path)
         else:
-            found.add_file(path, path.name)
+            contents.add_file(path, path.name)
             side = path.with_name(f"{path.name}.json")  # the class names of a .beton
             if side.is_file():
-                found.add_file(side, side.name)
+                contents.add_file(side, side.name)
     except OSError as error:
         return {"error": _reason(error)}
     return {
-        "size": found.size,
-        "num_bytes_read": found.num_bytes_read,
-        "num_files": found.num_files,
-        "digest": found.digest.hexdigest(),
+        "size": contents.size,
+        "num_bytes_read": contents.num_bytes_read,
+        "num_files": contents.num_files,
+        "digest": contents.digest.hexdigest(),
     }
 
 
@@ -272,7 +273,8 @@ QUESTIONS = {function.__name__[len("ask_") :]: function for function in ASKED}
 
 
 def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if (error.errno or 0) > 0 else str(error)
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else str(error)
 
 
 def main() -> None:
@@ -283,11 +285,12 @@ def main() -> None:
     try:
         for line in sys.stdin.buffer:
             question = json.loads(line)
+            answer: dict[str, Any]
             try:
                 answer = {"answer": QUESTIONS[question.pop("ask")](**question)}
             except OSError as error:
                 answer = {"error": _reason(error)}
-            except Exception as error:  # told to who asked, who can do more about it
+            except Exception as error:  # for who asked, who can do more about it
                 answer = {"error": f"{type(error).__name__}: {error}"}
             print(json.dumps(answer), file=answers, flush=True)
     finally:

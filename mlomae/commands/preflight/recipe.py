@@ -1,4 +1,4 @@
-"""What a recipe asks of every host: its files, its folder, and room for checkpoints there."""
+"""What a recipe asks of every host: its files, its folder, and space for checkpoints there."""
 
 import math
 from collections.abc import Sequence
@@ -48,16 +48,17 @@ def read_needs(
     runs = _runs(name, overrides, values)
     if config_name is not None:
         config = load_deepspeed_config(config_name)
-        for run, _ in runs if world_size is not None else ():
-            check_deepspeed_config(config, run, world_size, name, config_name)
-    room = sum(checkpoint_bytes(program, run) * _num_checkpoints(run) for run, program in runs)
-    return Needs(_files(values), Path(folder).absolute(), room or None, master_port)
+        for run, _ in runs:
+            if world_size is not None:
+                check_deepspeed_config(config, run, world_size, name, config_name)
+    space = sum(checkpoint_bytes(program, run) * _num_checkpoints(run) for run, program in runs)
+    return Needs(_files(values), Path(folder).absolute(), space or None, master_port)
 
 
 def _runs(
     name: str, overrides: Sequence[str], values: dict[str, Any]
 ) -> list[tuple[RunRecipe, Program[Any]]]:
-    """The runs of a pretraining; examinations are of a room that this one does not know."""
+    """The runs of a pretraining; those of evaluations belong to `eval`, which is not imported."""
     method = values.get("method")
     if method in ("mae", "mlo_mae"):
         return [(load_recipe(name, Recipe, overrides), PretrainingProgram())]
@@ -69,10 +70,11 @@ def _runs(
 
 def _num_checkpoints(run: RunRecipe) -> int:
     """How many checkpoints lie below output_dir at once, the one that is being written included."""
-    own = run.checkpoint
-    if own.keep_every is None or own.interval_epochs is None:
-        return own.keep + 1
-    return own.keep + 1 + math.floor(run.epochs / (own.interval_epochs * own.keep_every))
+    section = run.checkpoint
+    if section.keep_every is None or section.interval_epochs is None:
+        return section.keep + 1
+    num_for_good = run.epochs / (section.interval_epochs * section.keep_every)
+    return section.keep + 1 + math.floor(num_for_good)
 
 
 def _files(values: dict[str, Any]) -> dict[str, Path]:

@@ -11,8 +11,8 @@ from typing import Any
 from mlomae.commands.preflight.conversation import (
     Contents,
     Conversation,
-    Facts,
     HostError,
+    HostFacts,
     LostHost,
 )
 from mlomae.commands.preflight.hosts import Host, local_command, ssh_command
@@ -45,7 +45,7 @@ class Questions:
 
 
 @dataclass
-class Found:
+class HostReport:
     """What is known about a host; an exception stands where an answer was to be.
 
     Attributes:
@@ -61,7 +61,7 @@ class Found:
     host: Host
     lost: LostHost | None = None
     clock: tuple[float, float] | None = None
-    facts: Facts | None = None
+    facts: HostFacts | None = None
     data: list[Contents] = field(default_factory=list)
     free: int | HostError | None = None
     shares_output_dir: bool | None = None
@@ -82,105 +82,107 @@ class Found:
             return None
 
 
-async def survey(hosts: Sequence[Host], questions: Questions) -> list[Found]:
+async def survey(hosts: Sequence[Host], questions: Questions) -> list[HostReport]:
     """Ask all hosts, and leave nothing behind there.
 
     Raises:
         UserError: there is no ssh on this machine.
     """
-    found = [Found(host) for host in hosts]
+    reports = [HostReport(host) for host in hosts]
     try:
-        await _all(_start(one, questions.ssh_port) for one in found)
-        await _all(_ask_clock(one) for one in found)
-        await _all(_ask_facts(one, questions) for one in found)
-        await _all(_ask_data(one, questions) for one in found if questions.data)
+        await _all(_start(report, questions.ssh_port) for report in reports)
+        await _all(_ask_clock(report) for report in reports)
+        await _all(_ask_facts(report, questions) for report in reports)
+        await _all(_ask_data(report, questions) for report in reports if questions.data)
         if questions.output_dir is not None:
-            await _ask_output_dir(found, str(questions.output_dir))
-        await _ask_port(found, questions)
+            await _ask_output_dir(reports, str(questions.output_dir))
+        await _ask_port(reports, questions)
     finally:
-        await _all(one.conversation.end() for one in found if one.conversation is not None)
-    return found
+        await _all(
+            report.conversation.end() for report in reports if report.conversation is not None
+        )
+    return reports
 
 
 async def _all(asked: Any) -> list[Any]:
     return await asyncio.gather(*asked)
 
 
-async def _start(found: Found, ssh_port: int | None) -> None:
-    host = found.host
+async def _start(report: HostReport, ssh_port: int | None) -> None:
+    host = report.host
     command = local_command() if host.slots is None else ssh_command(host.name, ssh_port)
     try:
-        found.conversation = await Conversation.start(command)
+        report.conversation = await Conversation.start(command)
     except LostHost as error:
-        found.lost = error
+        report.lost = error
 
 
-async def _ask_clock(found: Found) -> None:
+async def _ask_clock(report: HostReport) -> None:
     """Keep the reading with the shortest way there and back, whose middle is where it was taken."""
     readings = []
     for _ in range(_NUM_CLOCK_READINGS):
         before = time.time()
-        reading = await found.ask("clock")
+        reading = await report.ask("clock")
         after = time.time()
         if isinstance(reading, float):
             readings.append(((after - before) / 2, reading - (before + after) / 2))
     if readings:
         uncertainty, offset = min(readings)
-        found.clock = offset, uncertainty
+        report.clock = offset, uncertainty
 
 
-async def _ask_facts(found: Found, questions: Questions) -> None:
-    facts = await found.ask(
+async def _ask_facts(report: HostReport, questions: Questions) -> None:
+    facts = await report.ask(
         "facts", folder=str(questions.folder), python_path=list(questions.python_path)
     )
-    found.facts = facts if isinstance(facts, Facts) else None
+    report.facts = facts if isinstance(facts, HostFacts) else None
     if isinstance(facts, HostError):
-        found.lost = LostHost("python", "failed", f"Python does not work there ({facts}): mend it")
+        report.lost = LostHost("python", "failed", f"Python does not work there ({facts}): fix it")
 
 
-async def _ask_data(found: Found, questions: Questions) -> None:
+async def _ask_data(report: HostReport, questions: Questions) -> None:
     paths, full = [str(path) for path in questions.data], questions.full_checksum
     seconds = {"seconds": None} if full else {}  # a file of 150 GB takes its time
-    contents = await found.ask("data", paths=paths, full=full, **seconds)
+    contents = await report.ask("data", paths=paths, full=full, **seconds)
     if isinstance(contents, HostError):
         contents = [Contents(error=str(contents))] * len(paths)
     if contents is not None and len(contents) != len(paths):
-        found.lost = LostHost("data", "lost", "it answered about other data: look after the host")
+        report.lost = LostHost("data", "lost", "it answered about other data: look after the host")
         return
-    found.data = contents or []
+    report.data = contents or []
 
 
-async def _ask_output_dir(found: Sequence[Found], output_dir: str) -> None:
+async def _ask_output_dir(reports: Sequence[HostReport], output_dir: str) -> None:
     """Write a file on every host, and then look for the first one's."""
-    tokens = [f".preflight_{secrets.token_hex(8)}" for _ in found]
+    tokens = [f".preflight_{secrets.token_hex(8)}" for _ in reports]
 
-    async def write(one: Found, token: str) -> None:
-        one.free = await one.ask("write", output_dir=output_dir, token=token)
+    async def write(report: HostReport, token: str) -> None:
+        report.free = await report.ask("write", output_dir=output_dir, token=token)
 
-    async def look(one: Found, token: str) -> None:
-        seen = await one.ask("look", output_dir=output_dir, tokens=[token])
-        one.shares_output_dir = seen[0] if isinstance(seen, list) and seen else None
+    async def look(report: HostReport, token: str) -> None:
+        seen = await report.ask("look", output_dir=output_dir, tokens=[token])
+        report.shares_output_dir = seen[0] if isinstance(seen, list) and seen else None
 
-    await _all(write(one, token) for one, token in zip(found, tokens, strict=True))
-    writers = [one for one in found if isinstance(one.free, int)]
+    await _all(write(report, token) for report, token in zip(reports, tokens, strict=True))
+    writers = [report for report in reports if isinstance(report.free, int)]
     if writers:
-        token = tokens[found.index(writers[0])]
-        await _all(look(one, token) for one in writers)
+        token = tokens[reports.index(writers[0])]
+        await _all(look(report, token) for report in writers)
 
 
-async def _ask_port(found: Sequence[Found], questions: Questions) -> None:
+async def _ask_port(reports: Sequence[HostReport], questions: Questions) -> None:
     """Open the first host's port for a moment, and connect to it from the others."""
-    first, *others = found
+    first, *others = reports
     port, word = questions.master_port, secrets.token_hex(16)
-    told = await first.ask("listen", port=port, word=word)
+    answer = await first.ask("listen", port=port, word=word)
     if first.conversation is None:
         return
     address = questions.master_addr or (first.facts and first.facts.address)
-    first.port = told if isinstance(told, HostError) else bool(address) or not others
-    if not address or isinstance(told, HostError):
+    first.port = answer if isinstance(answer, HostError) else bool(address) or not others
+    if not address or isinstance(answer, HostError):
         return
 
-    async def connect(one: Found) -> None:
-        one.port = await one.ask("connect", address=address, port=port, word=word)
+    async def connect(report: HostReport) -> None:
+        report.port = await report.ask("connect", address=address, port=port, word=word)
 
-    await _all(connect(one) for one in others)
+    await _all(connect(report) for report in others)

@@ -29,7 +29,7 @@ from mlomae.commands.quickstart.data import (
     epochs_of,
     find_source,
     mae_overrides,
-    own_data_overrides,
+    user_data_overrides,
 )
 from mlomae.commands.quickstart.report import Facts, RunSummary, render_report
 from mlomae.commands.quickstart.training import (
@@ -82,23 +82,23 @@ class Quickstart:
 
 
 def claim(output: Path, data: Path | None) -> None:
-    """Make an output folder this quickstart's own, or find that it was already.
+    """Mark an output folder as this quickstart's, or see that it is already.
 
     Raises:
         UserError: The folder holds something else or a finished quickstart, or is unwritable.
     """
     images = str(data.resolve()) if data else "fashion-mnist"
     marker = output / "quickstart.json"
-    mend = "delete it, or choose another folder with --output"
+    fix = "delete it, or choose another folder with --output"
     try:
         output.mkdir(parents=True, exist_ok=True)
         if (output / "report.md").exists():
-            raise UserError(f"{output} holds a finished quickstart: {mend}")
+            raise UserError(f"{output} holds a finished quickstart: {fix}")
         if marker.exists():
             if json.loads(marker.read_text())["images"] != images:
-                raise UserError(f"{output} holds a quickstart on other images: {mend}")
+                raise UserError(f"{output} holds a quickstart on other images: {fix}")
         elif any(output.iterdir()):
-            raise UserError(f"{output} holds other files: {mend}")
+            raise UserError(f"{output} holds other files: {fix}")
         else:
             marker.write_text(json.dumps({"images": images}) + "\n")
     except OSError as error:
@@ -122,7 +122,7 @@ def run_all(output: Path, data: Path | None, console: Console) -> None:
 
     overrides = [f"data.train={images.path}"]
     if data is not None:
-        overrides += own_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), images)
+        overrides += user_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), images)
     recipe = load_recipe("quickstart_mlo_mae", Recipe, overrides)
     batch_size = recipe.pretrain.batch_size
     launch = plan_launch(batch_size)
@@ -135,6 +135,7 @@ def run_all(output: Path, data: Path | None, console: Console) -> None:
         results = evaluate(quickstart, images, test)
         draw_masks(output, test)
 
+    assert images.labels is not None  # as in all that the quickstart converts
     rest, _ = split_by_class(images.labels, recipe.data.mask_fraction, recipe.seed)
     facts = Facts(
         output=output,
@@ -153,7 +154,7 @@ def run_all(output: Path, data: Path | None, console: Console) -> None:
 def evaluate(quickstart: Quickstart, train: BetonInfo, test: BetonInfo) -> list[dict[str, Any]]:
     """Rows of `eval.compare` for MLO-MAE, MAE and the untrained encoder.
 
-    A command like the training: this room knows nothing of `eval`.
+    A command like the training: this package does not import `eval`.
     """
     file = quickstart.output / "compare.json"
     command = [
@@ -167,7 +168,8 @@ def evaluate(quickstart: Quickstart, train: BetonInfo, test: BetonInfo) -> list[
     exit_code = subprocess.run(command, cwd=ROOT).returncode
     if exit_code:
         raise StageFailed("error: the evaluation failed for the reason above", exit_code)
-    return json.loads(file.read_text())["encoders"]
+    encoders: list[dict[str, Any]] = json.loads(file.read_text())["encoders"]
+    return encoders
 
 
 def draw_masks(output: Path, test: BetonInfo) -> None:

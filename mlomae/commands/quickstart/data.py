@@ -17,8 +17,8 @@ _ROOT = Path(__file__).resolve().parents[3]
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _DOWNLOADS = _ROOT / "data" / "fashion-mnist"
 
-OWN_IMAGE_SIZE, OWN_PATCH_SIZE = 56, 14  # 16 patches, as the recipe has
-OWN_NUM_STEPS = 450  # as many encoder steps as the recipe takes on Fashion-MNIST
+USER_IMAGE_SIZE, USER_PATCH_SIZE = 56, 14  # 16 patches, as the recipe has
+USER_NUM_STEPS = 450  # as many encoder steps as the recipe takes on Fashion-MNIST
 _SMALLEST_BATCH_SIZE = 8
 
 
@@ -57,7 +57,7 @@ def _find_folders(data: Path) -> Source:
             "folder of images per class in each"
         )
     # a little larger than the crops, as in the usual 256 pixels for crops of 224
-    return Source("imagefolder", data / "train", tests[0], OWN_IMAGE_SIZE * 8 // 7)
+    return Source("imagefolder", data / "train", tests[0], USER_IMAGE_SIZE * 8 // 7)
 
 
 def _download_fashion_mnist() -> Path:
@@ -108,12 +108,13 @@ def _convert_split(source: Source, split: str, folder: Path, console: Console) -
         )
 
 
-def own_data_overrides(recipe: Recipe, train: BetonInfo) -> list[str]:
+def user_data_overrides(recipe: Recipe, train: BetonInfo) -> list[str]:
     """Fit the quickstart's MLO-MAE recipe to the user's images, with its number of steps.
 
     Raises:
         UserError: There are too few images.
     """
+    assert train.labels is not None  # as in all that the quickstart converts
     rest, held_out = split_by_class(train.labels, recipe.data.mask_fraction, recipe.seed)
     batch_size = recipe.pretrain.batch_size
     while batch_size > min(len(rest), len(held_out)):
@@ -124,8 +125,8 @@ def own_data_overrides(recipe: Recipe, train: BetonInfo) -> list[str]:
             f"{len(held_out)}, but a batch needs {_SMALLEST_BATCH_SIZE}: add images"
         )
     return [
-        f"model.image_size={OWN_IMAGE_SIZE}",
-        f"model.patch_size={OWN_PATCH_SIZE}",
+        f"model.image_size={USER_IMAGE_SIZE}",
+        f"model.patch_size={USER_PATCH_SIZE}",
         f"data.num_classes={train.num_classes}",
         "data.mean=[0.485, 0.456, 0.406]",
         "data.std=[0.229, 0.224, 0.225]",
@@ -133,7 +134,7 @@ def own_data_overrides(recipe: Recipe, train: BetonInfo) -> list[str]:
             f"{name}.batch_size={min(level.batch_size, batch_size)}"
             for name, level in recipe.levels.items()
         ),
-        f"epochs={epochs_of(OWN_NUM_STEPS, len(rest), batch_size)}",
+        f"epochs={epochs_of(USER_NUM_STEPS, len(rest), batch_size)}",
     ]
 
 

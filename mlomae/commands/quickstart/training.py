@@ -94,7 +94,8 @@ def train(command: list[str], run: Path, log: Path, launch: Launch, console: Con
 def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("localhost", 0))
-        return server.getsockname()[1]
+        port: int = server.getsockname()[1]
+        return port
 
 
 def run_logged(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlomae.commands.plan.advice import Plan
-from mlomae.commands.plan.command import Request, main
+from mlomae.commands.plan.command import PlanRequest, main
 from mlomae.commands.plan.cycle import simulate
 from mlomae.commands.plan.hardware import GB, Gpu
 from mlomae.commands.plan.speed import Cluster, expected_speed, moved_bytes
@@ -80,9 +80,9 @@ def test_steps_that_are_not_recorded_count():
         simulate(recipe("mlo_mae", pretrain=LEVEL | {"steps_per_cycle": k}), config(2), 2)
         for k in (1, 8)
     )
-    for found in ("flops", "sent"):
+    for attribute in ("flops", "sent"):
         first, all_ = (
-            {str(key): n for key, n in getattr(c, found).items() if "pretrain" in str(key)}
+            {str(key): n for key, n in getattr(c, attribute).items() if "pretrain" in str(key)}
             for c in (one, eight)
         )
         assert all_ == {key: 8 * n for key, n in first.items()}
@@ -146,10 +146,10 @@ def test_a_step_moves_the_volumes_of_its_ring(stage, passes):
 
 
 def test_times_and_rates_follow_from_the_assumptions():
-    own = recipe("mlo_mae", pretrain=LEVEL | {"steps_per_cycle": 2})
-    cycle = simulate(own, config(1), world_size=4)
+    coupled = recipe("mlo_mae", pretrain=LEVEL | {"steps_per_cycle": 2})
+    cycle = simulate(coupled, config(1), world_size=4)
     cluster = Cluster(GPU, nodes=2, gpus_per_node=2, utilization=0.5, bandwidth=10 * GB)
-    speed = expected_speed(own, cycle, cluster, torch.float32)
+    speed = expected_speed(coupled, cycle, cluster, torch.float32)
     assert speed.compute == pytest.approx(sum(cycle.flops.values()) / (0.5 * 19.5e12))
     assert speed.communication == pytest.approx(sum(speed.moved.values()) / (10 * GB))
     assert speed.images_per_second == pytest.approx(128 / (speed.compute + speed.communication))
@@ -164,11 +164,11 @@ def test_times_and_rates_follow_from_the_assumptions():
 def request_of(tmp_path):
     """A request for a tiny recipe, with changes."""
 
-    def make(method: str = "mae", stage: int = 1, **changes) -> Request:
+    def make(method: str = "mae", stage: int = 1, **changes) -> PlanRequest:
         files = tmp_path / f"{method}.yaml", tmp_path / f"zero{stage}.json"
         files[0].write_text(json.dumps(recipe(method).model_dump(mode="json", exclude_none=True)))
         files[1].write_text(json.dumps(config(stage)))
-        basis = Request(*map(str, files), 1, 2, "a100-80gb", 0.4, 25.0, None, ())
+        basis = PlanRequest(*map(str, files), 1, 2, "a100-80gb", 0.4, 25.0, None, ())
         return replace(basis, **changes)
 
     return make

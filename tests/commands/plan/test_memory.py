@@ -23,20 +23,20 @@ def run(folder: Path, *arguments: str) -> list[dict]:
     return json.loads(result.read_text())
 
 
-def check(found: list[dict]) -> None:
-    for one in found:
-        planned, measured = one["planned"], one["measured"]
-        assert planned["at rest"] == pytest.approx(measured["at rest"], rel=0.02), one["case"]
+def check(results: list[dict]) -> None:
+    for result in results:
+        planned, measured = result["planned"], result["measured"]
+        assert planned["at rest"] == pytest.approx(measured["at rest"], rel=0.02), result["case"]
         for phase, peak in measured["peaks"].items():
-            assert planned["peaks"][phase] == pytest.approx(peak, rel=0.1), (one["case"], phase)
+            assert planned["peaks"][phase] == pytest.approx(peak, rel=0.1), (result["case"], phase)
         sent = sum(measured["sent"].values())
-        assert sum(planned["sent"].values()) == pytest.approx(sent, rel=0.1), one["case"]
+        assert sum(planned["sent"].values()) == pytest.approx(sent, rel=0.1), result["case"]
 
 
 def test_the_plan_is_right_within_a_tenth_at_every_stage(tmp_path):
-    found = run(tmp_path, *SMALL, "--methods", "mlo_mae", "--precisions", "fp32")
-    assert len(found) == 4
-    check(found)
+    results = run(tmp_path, *SMALL, "--methods", "mlo_mae", "--precisions", "fp32")
+    assert len(results) == 4
+    check(results)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`python -m mlomae preflight` on hosts behind a stand-in for ssh, each with a fault of its own.
+"""`python -m mlomae preflight` on hosts behind a stand-in for ssh, each with another fault.
 
 The stand-in runs the command here, in an environment and with a standard input that the host's
 fault has changed, so that the probe meets a real refusal, another file, another package.

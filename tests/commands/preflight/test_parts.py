@@ -9,10 +9,16 @@ import pytest
 from mlomae.commands import preflight
 from mlomae.commands.preflight import conversation, probe
 from mlomae.commands.preflight.checks import Needs, find_problems
-from mlomae.commands.preflight.conversation import Conversation, Facts, Gpu, HostError, LostHost
+from mlomae.commands.preflight.conversation import (
+    Conversation,
+    HostError,
+    HostFacts,
+    HostGpu,
+    LostHost,
+)
 from mlomae.commands.preflight.hosts import Host
 from mlomae.commands.preflight.recipe import read_needs
-from mlomae.commands.preflight.survey import Found
+from mlomae.commands.preflight.survey import HostReport
 from tests.ranks import ROOT
 
 
@@ -105,21 +111,21 @@ def test_every_file_that_a_recipe_names_is_looked_at(name: str, keys: list[str])
 def test_kept_checkpoints_and_the_one_being_written_need_room() -> None:
     """The quickstart saves at 0.4, 0.8 and 1.2 epochs."""
 
-    def room(*overrides: str) -> int:
+    def space(*overrides: str) -> int:
         needs = read_needs("quickstart_mlo_mae", overrides, None, None, None, 29500)
         assert needs.checkpoint_bytes is not None
         return needs.checkpoint_bytes
 
-    one = room("checkpoint.keep=2") - room("checkpoint.keep=1")
-    assert room("checkpoint.keep=1") == 2 * one
-    assert room("checkpoint.keep=1", "epochs=4", "checkpoint.keep_every=3") == (2 + 3) * one
+    one = space("checkpoint.keep=2") - space("checkpoint.keep=1")
+    assert space("checkpoint.keep=1") == 2 * one
+    assert space("checkpoint.keep=1", "epochs=4", "checkpoint.keep_every=3") == (2 + 3) * one
 
 
 # --- what no stand-in can have -------------------------------------------------------------------
 
 
-def facts(**more: Any) -> Facts:
-    gpu = Gpu(name="A100", memory=80 * 2**30, used=0)
+def facts(**more: Any) -> HostFacts:
+    gpu = HostGpu(name="A100", memory=80 * 2**30, used=0)
     values = {"folder": True, "python": "3.11.7", "code": "1"}
     values |= {
         "packages": dict.fromkeys(
@@ -128,14 +134,14 @@ def facts(**more: Any) -> Facts:
     }
     values |= {"memory": 2**36, "shm": 2**33, "address": "10.0.0.1", "gpus": [gpu] * 8}
     values |= {"driver": "1", "torch_error": None, "num_gpus": 8, "cuda": "12", "nccl": "2"}
-    return Facts(**(values | more))  # fmt: skip
+    return HostFacts(**(values | more))  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("more", "column", "cell"),
     [
         ({"num_gpus": 0, "cuda": None, "nccl": None}, "GPUs", "torch sees 0"),
-        ({"gpus": [Gpu(name="A100", memory=80 * 2**30, used=2**34)] * 8}, "GPUs", "in use"),
+        ({"gpus": [HostGpu(name="A100", memory=80 * 2**30, used=2**34)] * 8}, "GPUs", "in use"),
         ({"memory": 2**32}, "memory", "4.00 GiB"),
         ({"shm": 2**26}, "memory", "/dev/shm"),
         ({"torch_error": "ImportError: libcudart.so"}, "packages", "torch"),
@@ -144,8 +150,11 @@ def facts(**more: Any) -> Facts:
     ],
 )
 def test_a_machine_that_launches_badly(more: Any, column: str | None, cell: str | None) -> None:
-    found = [Found(Host("a", 8), facts=facts()), Found(Host("b", 8), facts=facts(**more))]
-    first, second = find_problems(found, Needs({}, None, None, 29500))
+    reports = [
+        HostReport(Host("a", 8), facts=facts()),
+        HostReport(Host("b", 8), facts=facts(**more)),
+    ]
+    first, second = find_problems(reports, Needs({}, None, None, 29500))
     assert first == []
     assert {(p.check, p.cell) for p in second if p.check != "CUDA"} == (
         {(column, cell)} - {(None, None)}
@@ -157,7 +166,7 @@ def test_a_machine_that_launches_badly(more: Any, column: str | None, cell: str 
     [((1.9, 0.1), False), ((2.2, 0.1), True), ((-2.2, 0.1), True), ((4.0, 3.0), False)],
 )
 def test_a_slow_way_to_a_host_is_not_taken_for_its_clock(clock: Any, is_wrong: bool) -> None:
-    (problems,) = find_problems([Found(Host("a", 1), clock=clock)], Needs({}, None, None, 1))
+    (problems,) = find_problems([HostReport(Host("a", 1), clock=clock)], Needs({}, None, None, 1))
     assert bool(problems) == is_wrong
 
 
@@ -193,10 +202,10 @@ def test_a_large_file_is_compared_at_its_ends_and_in_blocks(
 
     def digest(full: bool) -> str:
         file.write_bytes(content)
-        (found,) = probe.ask_data([str(file)], full)
-        assert found["num_bytes_read"] == (len(content) if full else 2000 + 640)
-        assert (found["size"], found["num_files"]) == (len(content), 1)
-        return found["digest"]
+        (contents,) = probe.ask_data([str(file)], full)
+        assert contents["num_bytes_read"] == (len(content) if full else 2000 + 640)
+        assert (contents["size"], contents["num_files"]) == (len(content), 1)
+        return contents["digest"]
 
     sampled, whole = digest(full=False), digest(full=True)
     in_block, in_gap = 1000 + 17 * 20 + 9, 1000 + 17 * 20 + 10
@@ -213,9 +222,9 @@ def test_a_folder_is_compared_by_names_and_sizes_or_in_full(tmp_path: Path) -> N
                                ("d", "1.png", "xx"), ("e", "2.png", "x")):  # fmt: skip
         (tmp_path / folder / "cats").mkdir(parents=True)
         (tmp_path / folder / "cats" / name).write_text(text)
-        found = [probe.ask_data([str(tmp_path / folder)], full)[0] for full in (False, True)]
-        assert [one["num_bytes_read"] for one in found] == [0, len(text)]
-        digests.append([one["digest"] for one in found])
+        results = [probe.ask_data([str(tmp_path / folder)], full)[0] for full in (False, True)]
+        assert [result["num_bytes_read"] for result in results] == [0, len(text)]
+        digests.append([result["digest"] for result in results])
     names, full = zip(*digests, strict=True)
     assert names[0] == names[1] == names[2] and len({names[0], names[3], names[4]}) == 3
     assert full[0] == full[1] and len(set(full)) == 4
