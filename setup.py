@@ -34,10 +34,9 @@ setup(
             "setuptools",  # FFCV imports distutils, which Python 3.12 gets from here
         ],
         "flash": ["flash-attn>=2.7"],
-        "hub": ["huggingface_hub>=0.25", "transformers>=4.46"],
         "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
-        "wandb": ["wandb>=0.18"],
         "dev": [
+            "codespell>=2.4",
             "datasets>=3",
             "mypy>=1.15",
             "onnx>=1.16",
@@ -48,6 +47,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "transformers>=4.46",  # an independent reference of the models and their weights
+            "types-PyYAML>=6",
             "webdataset>=0.2.86",  # likewise of tar files
         ],
     },

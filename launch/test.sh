@@ -17,5 +17,6 @@ cd -- "$MLOMAE_ROOT"
 ruff check
 ruff format --check
 mypy
+codespell
 # Two files at a time: most tests wait for small processes. `-n 0`, given last, is one at a time.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest -n 2 --dist loadfile "$@"

@@ -244,9 +244,7 @@ def metadata(monkeypatch) -> dict[str, Any]:
 
 
 def test_setup_py_has_the_promised_packages_and_extras(metadata):
-    assert set(metadata["extras_require"]) == {
-        *("datasets", "dev", "ffcv", "flash", "hub", "onnx", "wandb")
-    }
+    assert set(metadata["extras_require"]) == {*("datasets", "dev", "ffcv", "flash", "onnx")}
     assert {"mlomae.hypergrad", "mlomae.models", "data_ffcv", "eval"} <= set(metadata["packages"])
     assert {name.split(".")[0] for name in metadata["packages"]} == {"mlomae", "data_ffcv", "eval"}
 
