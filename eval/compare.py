@@ -59,9 +59,9 @@ def _encoders(args: argparse.Namespace) -> list[Encoder]:
     if not args.checkpoints and not args.init_from:
         raise UserError("there is nothing to compare: give runs, or weights with --init_from")
     runs = [of_run(checkpoint) for checkpoint in args.checkpoints]
-    foreign = [cli.foreign_encoder(args, [path]) for path in args.init_from or []]
+    others = [cli.pretrained_encoder(args, [path]) for path in args.init_from or []]
     floor = [of_run(run, untrained=True) for run in args.checkpoints[:1]]
-    return [*runs, *foreign, *floor]
+    return [*runs, *others, *floor]
 
 
 def _show(rows: list[dict[str, Any]], file: Path) -> None:

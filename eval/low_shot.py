@@ -61,7 +61,7 @@ class LowShotSettings:
 def make_splits(
     sets: ImageSets, settings: LowShotSettings, lists: tuple[Path, ...] = ()
 ) -> dict[str, list[np.ndarray]]:
-    """The splits of every kind, sorted indices into the training set; the lists alone if given.
+    """The splits of every kind, sorted indices into the training set; or the lists alone.
 
     Raises:
         UserError: a class has too few images, or a list does not fit the images.

@@ -108,7 +108,7 @@ class Finetuning(Task):
         """The average."""
         return {} if self.average is None else {self.level.name: {"average": self.average.shards}}
 
-    def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    def load_state(self, shared: dict[str, Tensor], of_rank: dict[str, Tensor]) -> None:
         """Take back the best evaluations."""
         self.best = {tag: (float(best[0]), float(best[1])) for tag, best in shared.items()}
 

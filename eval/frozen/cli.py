@@ -51,7 +51,7 @@ def refuse_weights_flags(args: argparse.Namespace, instead: str) -> None:
             raise UserError(f"--{flag} is for --init_from, and {instead} has its recipe: remove it")
 
 
-def foreign_encoder(
+def pretrained_encoder(
     args: argparse.Namespace, paths: Sequence[str], *, with_decoder: bool = False
 ) -> Encoder:
     """The encoder of weights that are no run's, as the flags say."""
@@ -134,7 +134,7 @@ def _load_encoder(args: argparse.Namespace, with_decoder: bool) -> Encoder:
         raise UserError("--untrained is for a run: give --checkpoint instead of --init_from")
     if args.output_dir is None:
         raise UserError("--output_dir is missing: weights that are no run's have no folder for it")
-    return foreign_encoder(args, args.init_from, with_decoder=with_decoder)
+    return pretrained_encoder(args, args.init_from, with_decoder=with_decoder)
 
 
 def _default_folder(args: argparse.Namespace, name: str) -> Path:

@@ -229,7 +229,7 @@ def _file_version(path: str | Path) -> str:
         status = os.stat(path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): mend it or take it out of its folder"
+            f"{path} cannot be read ({error.strerror}): fix it or take it out of its folder"
         ) from None
     return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
 

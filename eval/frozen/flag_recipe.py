@@ -12,7 +12,7 @@ _SHIPPED = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 
 
 def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse a command line whose `--recipe` comes first: flags given beside it win.
+    """Parse a command line whose `--recipe` comes first: flags beside it win.
 
     Raises:
         UserError: the recipe is not there, or a key or value of it is wrong.

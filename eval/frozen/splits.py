@@ -99,12 +99,12 @@ def _read_list(info: ImagesInfo, file: Path, names: _Names) -> np.ndarray:
     if unknown := [line for line, index in indices.items() if index is None]:
         raise UserError(
             f"{file} names {unknown[0]}, which is no image of {info.path}, or one of several with "
-            "this name: mend the list, or write CLASS/NAME"
+            "this name: fix the list, or write CLASS/NAME"
         )
     chosen = np.unique(np.fromiter(indices.values(), np.int64))
     if missing := set(range(info.num_classes)) - set(_labels(info)[chosen].tolist()):
         name = info.classes[min(missing)]
-        raise UserError(f"{file} has no image of class '{name}' of {info.path}: mend the list")
+        raise UserError(f"{file} has no image of class '{name}' of {info.path}: fix the list")
     return chosen
 
 

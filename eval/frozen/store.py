@@ -41,7 +41,7 @@ class Features:
         return len(self._rows)
 
     def __getitem__(self, rows: np.ndarray) -> "Features":
-        """The given rows, a sorted int64 array; nothing is read."""
+        """Some rows, a sorted int64 array; nothing is read."""
         return Features(self._chunks, self._rows[rows])
 
     @property
@@ -115,7 +115,7 @@ class FeatureStore:
             UserError: it cannot be made.
         """
         make_folder(self.folder, "--features")
-        with suppress(OSError):  # for people; a full disk is told with the first chunk
+        with suppress(OSError):  # for people; a full disk is reported with the first chunk
             (self.folder / "about.yaml").write_text(dump_yaml(self._identity))
 
     def write(self, number: int, features: Tensor) -> None:

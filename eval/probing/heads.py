@@ -50,7 +50,7 @@ class LinearHeads(nn.Module):
 
 
 def probe_loss(models: Models, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy, mean over images and summed over heads: each gets the gradient of its own.
+    """Cross-entropy, mean over images and summed over heads: each gets the gradient of its loss.
 
     Args:
         models: `probe`, the heads.

@@ -46,7 +46,7 @@ class ProbeLevelRecipe(LevelRecipe):
     @model_validator(mode="before")
     @classmethod
     def _fill_base_lr(cls, values: Any) -> Any:
-        """The level's rate is that of its fastest head; one rate may be given as base_lr."""
+        """The level's rate is that of its fastest head; a single one may be called base_lr."""
         if not isinstance(values, dict):
             return values
         rates, base_lr = values.get("base_lrs"), values.get("base_lr")
@@ -55,7 +55,7 @@ class ProbeLevelRecipe(LevelRecipe):
         if base_lr is not None:
             return values
         listed = rates if isinstance(rates, list | tuple) else (rates,)
-        # that there are none, or others than numbers among them, their own check says
+        # that there are none, or others than numbers among them, the field's check says
         numbers = [float(rate) for rate in listed if type(rate) in (int, float)]
         return {**values, "base_lr": max(numbers, default=1.0)}
 

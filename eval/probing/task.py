@@ -130,7 +130,7 @@ class LinearProbe(Task):
         best = {"best": self._best, "best_epoch": self._best_epoch}
         return self._norm_state() | best | {"encoder": self._checksum}
 
-    def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    def load_state(self, shared: dict[str, Tensor], of_rank: dict[str, Tensor]) -> None:
         """Take back what `shared_state` gave."""
         self._expected_checksum = shared.pop("encoder")
         self._best, self._best_epoch = shared.pop("best"), shared.pop("best_epoch")

@@ -61,7 +61,7 @@ class ContrastProgram(Program[R]):
     def vit(self, job: Job[R]) -> VisionTransformer:
         """The encoder as the run started with it, in float32 on the CPU.
 
-        A run that goes on takes it from its own checkpoint, so that the weights which it started
+        A run that goes on takes it from its checkpoint, so that the weights which it started
         from may be gone. What is tuned comes from the engine's checkpoint later on.
         """
         recipe = job.recipe

@@ -93,9 +93,9 @@ class HeadTask(Task):
         """This rank's part of a sharded queue."""
         return self.loss.queue.rank_state()
 
-    def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    def load_state(self, shared: dict[str, Tensor], of_rank: dict[str, Tensor]) -> None:
         """Take back the queue."""
-        self.loss.queue.load_state(shared, own)
+        self.loss.queue.load_state(shared, of_rank)
 
 
 class TuneTask(HeadTask):
@@ -142,9 +142,9 @@ class TuneTask(HeadTask):
         """The average of encoder and head."""
         return {self.level.name: {"average": self.average.shards}}
 
-    def load_state(self, shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    def load_state(self, shared: dict[str, Tensor], of_rank: dict[str, Tensor]) -> None:
         """Take back queue and averaged projector."""
-        super().load_state(shared, own)
+        super().load_state(shared, of_rank)
         self.target.load_state_dict(part(shared, "target."))
 
 

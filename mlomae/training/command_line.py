@@ -94,7 +94,7 @@ def parse_arguments(
         "--init_from",
         action="append",
         metavar="PATH",
-        help="start from these weights; given twice for encoder and decoder in two files",
+        help="start from these weights; twice for encoder and decoder in two files",
     )
     parser.add_argument(
         "--init_from_expected",

@@ -24,9 +24,9 @@ def test_kmeans_from_the_same_start_is_scikit_learns(seed):
     start = _start(x, 10, torch.Generator().manual_seed(seed))
     reference = KMeans(10, init=start.numpy(), n_init=1, algorithm="lloyd", tol=0, max_iter=300)
     expected = reference.fit_predict(x.numpy())
-    found = kmeans(x, 10, seed=seed)
-    assert found.clusters.tolist() == expected.tolist()
-    assert found.inertia == pytest.approx(reference.inertia_, rel=1e-5)
+    clustering = kmeans(x, 10, seed=seed)
+    assert clustering.clusters.tolist() == expected.tolist()
+    assert clustering.inertia == pytest.approx(reference.inertia_, rel=1e-5)
 
 
 def test_starts_are_drawn_by_squared_distance():
@@ -44,8 +44,8 @@ def test_an_empty_cluster_takes_the_farthest_image(monkeypatch):
     x = torch.tensor([[0.0], [0.1], [0.2], [9.0], [10.0]])
     start = torch.tensor([[0.0], [0.1], [500.0]])
     monkeypatch.setattr("eval.frozen.kmeans._start", lambda *_: start)
-    found = kmeans(x, 3, seed=0)
-    assert len(found.clusters.unique()) == 3
+    clustering = kmeans(x, 3, seed=0)
+    assert len(clustering.clusters.unique()) == 3
 
 
 def test_chunks_and_constants_do_not_matter(monkeypatch):
@@ -71,17 +71,17 @@ def test_accuracy_is_that_of_the_best_matching():
 
 def test_agreement_of_a_case_computed_by_hand():
     """Two classes of two; clusters {a, a, b}, {b}."""
-    found = agreement(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
+    scores = agreement(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
     log = np.log
     mutual = 0.5 * log(0.5 / (0.5 * 0.75)) + 0.25 * log(0.25 / (0.5 * 0.75))
     mutual += 0.25 * log(0.25 / (0.5 * 0.25))
     entropies = (log(2) + (-0.75 * log(0.75) - 0.25 * log(0.25))) / 2
-    assert found["nmi"] == pytest.approx(mutual / entropies)
+    assert scores["nmi"] == pytest.approx(mutual / entropies)
     # pairs: 6 in all, 2 within classes, 3 within clusters, 1 within both; 2 * 3 / 6 expected
-    assert found["ari"] == pytest.approx((1 - 1) / ((2 + 3) / 2 - 1))
+    assert scores["ari"] == pytest.approx((1 - 1) / ((2 + 3) / 2 - 1))
     # for these sizes every permutation of the labels has the same mutual information
-    assert found["ami"] == pytest.approx(0, abs=1e-12)
-    assert found["accuracy"] == 0.75
+    assert scores["ami"] == pytest.approx(0, abs=1e-12)
+    assert scores["accuracy"] == 0.75
 
 
 def test_the_best_restart_is_chosen_without_labels():

@@ -33,13 +33,13 @@ def test_the_regression_is_scikit_learns(num_images, penalty):
     x, y = digits(num_images)
     reference = LogisticRegression(C=1 / penalty, fit_intercept=False, tol=1e-10, max_iter=10_000)
     reference.fit(x, y)
-    found = fit_regression(
+    model = fit_regression(
         torch.from_numpy(x), torch.from_numpy(y), num_classes=10,
         penalty=penalty / num_images, max_passes=5000, tolerance=1e-12,
     )  # fmt: skip
-    np.testing.assert_allclose(found.weight.numpy(), reference.coef_, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(model.weight.numpy(), reference.coef_, rtol=1e-3, atol=1e-4)
     others, labels = digits(1797)
-    agree = found.predict(torch.from_numpy(others)).numpy() == reference.predict(others)
+    agree = model.predict(torch.from_numpy(others)).numpy() == reference.predict(others)
     assert agree.mean() > 0.998 and (reference.predict(others) == labels).mean() > 0.5
 
 
@@ -56,13 +56,13 @@ def test_the_gap_bounds_the_distance_to_the_minimum(max_passes):
     penalty = 0.01 / 200
     reference = LogisticRegression(C=100, fit_intercept=False, tol=1e-10, max_iter=10_000)
     lowest = objective(reference.fit(x, y).coef_, x, y, penalty)
-    found = fit_regression(
+    model = fit_regression(
         torch.from_numpy(x), torch.from_numpy(y), num_classes=10,
         penalty=penalty, max_passes=max_passes, tolerance=1e-9,
     )  # fmt: skip
-    value = objective(found.weight.numpy(), x, y, penalty)
-    assert found.num_passes <= max_passes + 2
-    assert 0 < (value - lowest) / value <= found.gap
+    value = objective(model.weight.numpy(), x, y, penalty)
+    assert model.num_passes <= max_passes + 2
+    assert 0 < (value - lowest) / value <= model.gap
 
 
 def test_images_in_parts_give_the_same_weights(monkeypatch):

@@ -34,7 +34,7 @@ def patches_of(images: np.ndarray, size: int) -> np.ndarray:
 def test_the_error_is_the_mean_over_hidden_patches(run, data, norm_pix_loss):
     encoder, images = of_run(run), ImageSet(data["test"])
     encoder.model.norm_pix_loss = norm_pix_loss
-    found = reconstruction_error(encoder, images, random_masks(3), 0.75, CPU)
+    errors = reconstruction_error(encoder, images, random_masks(3), 0.75, CPU)
 
     model, recipe = load_model(run)
     loader = open_eval_loader(
@@ -54,12 +54,12 @@ def test_the_error_is_the_mean_over_hidden_patches(run, data, norm_pix_loss):
         flat = target.reshape(15, 16, -1)
         centre, spread = flat.mean(-1, keepdims=True), flat.var(-1, ddof=1, keepdims=True)
         target = ((flat - centre) / np.sqrt(spread + 1e-6)).reshape(target.shape)
-    assert found["patch_error"] == pytest.approx(
+    assert errors["patch_error"] == pytest.approx(
         ((prediction - target)[hidden] ** 2).mean(), rel=1e-5
     )
-    assert ("pixel_error" in found) == (not norm_pix_loss)
+    assert ("pixel_error" in errors) == (not norm_pix_loss)
     if not norm_pix_loss:
-        assert found["pixel_error"] == pytest.approx(pixel_error, rel=1e-5)
+        assert errors["pixel_error"] == pytest.approx(pixel_error, rel=1e-5)
 
 
 def read(run):

@@ -41,8 +41,8 @@ def test_without_other_ranks_a_batch_norm_is_that_of_torch() -> None:
             leaf = x.clone().requires_grad_()
             (norm(leaf) * weights).sum().backward()
             results.append((leaf.grad, norm.weight.grad, norm.bias.grad, norm(x)))
-        for ours, other in zip(*results, strict=True):
-            torch.testing.assert_close(ours, other, rtol=1e-11, atol=1e-12)
+        for result, expected in zip(*results, strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-12)
     assert ours.running_var.sub(1).abs().max() > 0.5
     for name, buffer in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], buffer)

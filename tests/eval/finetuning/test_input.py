@@ -1,4 +1,4 @@
-"""What fine-tuning refuses before any work, in one sentence that names the mend."""
+"""What fine-tuning refuses before any work, in one sentence that names the fix."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -182,10 +182,10 @@ def test_labels_have_the_shares_of_their_pixels(keys: dict[str, Any]) -> None:
     shares = set()
     for step in range(6):
         images, targets = mixer(**keys)(*numbered(), step)
-        own, partner = torch.arange(8.0), torch.arange(8.0).flip(0)
-        # pixels are own * share + partner * (1 - share), on average where a rectangle is pasted
-        share = (images.mean(dim=(1, 2, 3)) - partner) / (own - partner)
-        expected = F.one_hot(own.long(), 8) * share[:, None]
+        shown, partner = torch.arange(8.0), torch.arange(8.0).flip(0)
+        # pixels are shown * share + partner * (1 - share), on average where a rectangle is pasted
+        share = (images.mean(dim=(1, 2, 3)) - partner) / (shown - partner)
+        expected = F.one_hot(shown.long(), 8) * share[:, None]
         expected = expected + F.one_hot(partner.long(), 8) * (1 - share[:, None])
         torch.testing.assert_close(targets, expected, atol=1e-5, rtol=0)
         shares |= {round(float(value), 4) for value in share}

@@ -104,7 +104,7 @@ def plain_loop(setup: FinetuneSetup) -> tuple[list[float], Any, Any]:
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     average = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
-    found = []
+    losses = []
     with open_stream(
         recipe.data.train,
         augmentation=Augmentation(kind="center_crop", image_size=8),
@@ -122,10 +122,10 @@ def plain_loop(setup: FinetuneSetup) -> tuple[list[float], Any, Any]:
             for group in optimizer.param_groups:
                 group["lr"] = rate(step) * group["scale"]
             optimizer.step()
-            found.append(loss.item())
+            losses.append(loss.item())
             for name, tensor in vit.state_dict().items():
                 average[name] = 0.8 * average[name] + 0.2 * tensor
-    return found, vit.state_dict(), average
+    return losses, vit.state_dict(), average
 
 
 def parts(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -176,11 +176,11 @@ def test_accuracies_are_those_of_the_saved_weights(runs: FinetuneSetup) -> None:
 def test_a_result_says_what_was_selected_on_the_test_images(runs: FinetuneSetup) -> None:
     folder = runs.folder / "whole2"
     result = json.loads((folder / "result.json").read_text())
-    found = evaluations(folder)
-    assert [record["cycle"] for record in found] == [2, 4]  # after each epoch, the last one once
+    rows = evaluations(folder)
+    assert [record["cycle"] for record in rows] == [2, 4]  # after each epoch, the last one once
     for tag in ("test", "test_ema"):
-        assert result[f"{tag}/accuracy"] == found[-1][f"{tag}/accuracy"]
-        best = max(record[f"{tag}/accuracy"] for record in found)
+        assert result[f"{tag}/accuracy"] == rows[-1][f"{tag}/accuracy"]
+        best = max(record[f"{tag}/accuracy"] for record in rows)
         assert result["best_on_test"][tag]["accuracy"] == best
     report = (folder / "report.md").read_text()
     assert "test: best on test" in report and "| test/accuracy |" in report

@@ -43,9 +43,9 @@ def test_features_are_those_of_the_whole_image_in_order(run, data, tmp_path, sma
         std=recipe.data.std,
     )
     pixels = torch.cat([pixels for pixels, _ in loader])
-    found = images.encode(of_run(run), tmp_path, CPU)
-    torch.testing.assert_close(found.features.load("cpu"), model(pixels).detach())
-    assert found.labels.tolist() == images.info.labels.tolist()
+    features = images.encode(of_run(run), tmp_path, CPU)
+    torch.testing.assert_close(features.features.load("cpu"), model(pixels).detach())
+    assert features.labels.tolist() == images.info.labels.tolist()
 
 
 def test_small_images_are_taken_whole_and_others_cropped(data):
@@ -170,9 +170,9 @@ def test_rows_are_read_over_the_bounds_of_chunks():
 def test_standardising_and_centring_are_numpys():
     table = np.random.default_rng(0).normal(300, [1, 5, 0.1, 40], (50, 4))
     rows = torch.from_numpy(table.astype("float32"))
-    found = Standardizer.of(Features(rows.split(7)), CPU)(rows)
+    standardised = Standardizer.of(Features(rows.split(7)), CPU)(rows)
     expected = (table - table.mean(axis=0)) / (table.std(axis=0, ddof=1) + 1e-5)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=2e-3)
+    np.testing.assert_allclose(standardised.numpy(), expected, rtol=1e-3, atol=2e-3)
 
     centred = table - table.mean(axis=1, keepdims=True)
     expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)

@@ -67,10 +67,10 @@ def test_accuracy_counts_every_image_for_each_head():
         torch.tensor([[0, 0, 1], [0, 1, 2]]),
     ]
     batches = [(i, label) for i, label in enumerate(labels)]
-    found = head_accuracies(
+    accuracies = head_accuracies(
         lambda i: F.one_hot(guesses[i], 3).transpose(1, 2).float(), batches, 3, torch.device("cpu")
     )
-    assert found.tolist() == [3 / 5, 0, 2 / 5]
+    assert accuracies.tolist() == [3 / 5, 0, 2 / 5]
 
 
 # --- LARS --------------------------------------------------------------------------------------

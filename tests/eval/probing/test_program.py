@@ -66,13 +66,13 @@ def ends(setup: ProbeSetup) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def codes(ends: dict[int, Any]) -> dict[str, list[int]]:
     """Exit codes of the launches into each output_dir."""
-    found = defaultdict(list)
+    codes = defaultdict(list)
     for ranks in ends.values():
         for launches in zip(*(rank["launches"] for rank in ranks), strict=True):
             assert len({code for _, code, _ in launches}) == 1, launches
             run, code, _ = launches[0]
-            found[run].append(code)
-    return found
+            codes[run].append(code)
+    return codes
 
 
 def heads_of(setup: ProbeSetup, run: str) -> dict[str, Tensor]:

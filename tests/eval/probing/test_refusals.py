@@ -76,9 +76,9 @@ def test_warns_when_the_encoder_saw_other_pixels(setup, caplog):
     run = setup.folder / "a_run"
     run.mkdir()
     save_file(torch.load(setup.encoder)["model"], run / "model.safetensors")
-    told = {"method": "mae", "model": SIZES | {"global_pool": "token", "image_size": [8, 8]}}
+    settings = {"method": "mae", "model": SIZES | {"global_pool": "token", "image_size": [8, 8]}}
     pixels = {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]}
-    (run / "recipe.yaml").write_text(yaml.safe_dump(told | {"data": pixels}))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(settings | {"data": pixels}))
     check(setup, "mae", f"init_from={run}")
     (message,) = [r.getMessage() for r in caplog.records if "was trained with" in r.getMessage()]
     assert "mean [0.5, 0.5, 0.5], but data.mean is [0.485, 0.456, 0.406]" in message

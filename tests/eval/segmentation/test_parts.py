@@ -39,21 +39,21 @@ def test_scores_of_a_case_by_hand():
     confusion = ConfusionMatrix(4, CPU)
     confusion.add(torch.tensor([[0, 1, 1], [2, 0, 3]]), torch.tensor([[0, 1, 255], [0, 0, 255]]))
     confusion.add(torch.tensor([[1, 1, 0, 0]]), torch.tensor([[1, 0, 0, 255]]))
-    found = score(confusion.reduce())
+    scores = score(confusion.reduce())
     # class 0: 5 pixels, 3 found, predicted 3 times; class 1: 2, 2, 3; class 2: 0, 0, 1
-    assert found.iou[:3] == pytest.approx((3 / 5, 2 / 3, 0.0)) and found.iou[3] is None
-    assert found.mIoU == pytest.approx((3 / 5 + 2 / 3 + 0) / 3)
-    assert found.mAcc == pytest.approx((3 / 5 + 1) / 2)
-    assert found.aAcc == pytest.approx(5 / 7)
-    assert found.num_left_out == 1
-    assert found.by_name(["a", "b", "c", "d"])["d"] is None
+    assert scores.iou[:3] == pytest.approx((3 / 5, 2 / 3, 0.0)) and scores.iou[3] is None
+    assert scores.mIoU == pytest.approx((3 / 5 + 2 / 3 + 0) / 3)
+    assert scores.mAcc == pytest.approx((3 / 5 + 1) / 2)
+    assert scores.aAcc == pytest.approx(5 / 7)
+    assert scores.num_left_out == 1
+    assert scores.by_name(["a", "b", "c", "d"])["d"] is None
 
 
 def test_masks_without_any_class_score_nothing():
     confusion = ConfusionMatrix(3, CPU)
     confusion.add(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 255))
-    found = score(confusion.reduce())
-    assert found == (0.0, 0.0, 0.0, (None, None, None))
+    scores = score(confusion.reduce())
+    assert scores == (0.0, 0.0, 0.0, (None, None, None))
 
 
 def random_maps(count: int, num_classes: int) -> list[tuple[Tensor, Tensor]]:
@@ -84,11 +84,11 @@ def test_scores_are_scikit_learns_over_all_pixels():
     prediction, mask = (torch.cat([m[i].flatten() for m in maps]) for i in (0, 1))
     prediction, mask = prediction[mask != 255], mask[mask != 255]
     iou = jaccard_score(mask, prediction, labels=labels, average=None)
-    found = score_of(maps, 6)
-    assert found.iou == pytest.approx(iou)
-    assert found.mIoU == pytest.approx(iou.mean())
-    assert found.mAcc == pytest.approx(recall_score(mask, prediction, average="macro"))
-    assert found.aAcc == pytest.approx(accuracy_score(mask, prediction))
+    scores = score_of(maps, 6)
+    assert scores.iou == pytest.approx(iou)
+    assert scores.mIoU == pytest.approx(iou.mean())
+    assert scores.mAcc == pytest.approx(recall_score(mask, prediction, average="macro"))
+    assert scores.aAcc == pytest.approx(accuracy_score(mask, prediction))
     single = [score_of(maps[i : i + 1], 6).mIoU for i in range(5)]
     assert np.mean(single) != pytest.approx(iou.mean(), abs=1e-4)
 
@@ -179,8 +179,8 @@ def test_slide_averages_the_windows_over_each_pixel(size: tuple[int, int]):
                 sums[:, y, x] += logits[:, y - top, x - left]
                 counts[y, x] += 1
     assert counts.min() >= 1
-    found = slide(network, image, window, stride)
-    torch.testing.assert_close(found.double(), sums / counts, rtol=1e-5, atol=1e-5)
+    logits = slide(network, image, window, stride)
+    torch.testing.assert_close(logits.double(), sums / counts, rtol=1e-5, atol=1e-5)
 
 
 def test_whole_fills_up_to_patches_and_cuts_off_again():
@@ -210,8 +210,8 @@ def test_images_are_scaled_in_their_own_aspect():
 
 def test_normalised_pixels():
     image = np.array([[[0, 51, 255]]], np.uint8)
-    found = normalise(image, (0.5, 0.2, 0.25), (0.5, 0.1, 0.25))
-    torch.testing.assert_close(found, torch.tensor([-1.0, 0.0, 3.0])[:, None, None])
+    pixels = normalise(image, (0.5, 0.2, 0.25), (0.5, 0.1, 0.25))
+    torch.testing.assert_close(pixels, torch.tensor([-1.0, 0.0, 3.0])[:, None, None])
 
 
 RECIPE = """
@@ -244,14 +244,14 @@ def test_predictions_lie_on_the_pixels_of_the_stored_image(settings: list[str], 
     classes = np.random.default_rng(0).integers(0, 3, (5, 7)).repeat(9, 0).repeat(8, 1)
     image = np.eye(3, dtype=np.uint8)[classes] * 200
     predict = Predictor(lambda images: images, recipe, CPU)
-    found = predict(image).numpy()
-    assert found.shape == (45, 56)
+    prediction = predict(image).numpy()
+    assert prediction.shape == (45, 56)
     inner = np.zeros((9, 8), bool)  # resizing blurs the edges of the fields
     inner[3:6, 3:5] = True
     inner = np.tile(inner, (5, 7))
-    assert np.array_equal(found[inner], classes[inner])
+    assert np.array_equal(prediction[inner], classes[inner])
     if not any("resize" in setting for setting in settings):
-        assert np.array_equal(found, classes)
+        assert np.array_equal(prediction, classes)
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -292,18 +292,18 @@ def test_layer_decay_follows_the_depth(preset):
     network = UperNet(vit, 3, preset=preset, channels=8 if preset == "standard" else None)
     level = LevelRecipe(batch_size=2, lr=1e-4, weight_decay=0.05)
     groups = layer_decay_groups(network, level, 0.65, ENCODER)
-    found = {
+    groups = {
         id(p): (group["lr_scale"], group["weight_decay"])
         for group in groups
         for p in group["params"]
     }
-    assert len(found) == len(list(network.parameters()))
+    assert len(groups) == len(list(network.parameters()))
     for name, parameter in network.named_parameters():
         block = re.match(r"backbone\.blocks\.(\d+)", name)
         layer = depth + 1
         if name.startswith("backbone"):
             layer = int(block[1]) + 1 if block else 0
         is_plain = parameter.ndim > 1 and name not in ("backbone.cls_token", "backbone.pos_embed")
-        scale, decay = found[id(parameter)]
+        scale, decay = groups[id(parameter)]
         assert scale == pytest.approx(0.65 ** (depth + 1 - layer)), name
         assert decay == (0.05 if is_plain else 0.0), name

@@ -219,7 +219,7 @@ def plain_loop(setup: SegmentSetup) -> tuple[list[float], dict[str, torch.Tensor
         recipe.data.train, augmentation=crop, batch_size=8, seed=0, name="segmentation",
         mean=MEAN, std=STD,
     )  # fmt: skip
-    found = []
+    losses = []
     with stream:
         for step in range(NUM_STEPS):
             images, masks = next(stream)
@@ -234,19 +234,19 @@ def plain_loop(setup: SegmentSetup) -> tuple[list[float], dict[str, torch.Tensor
             for group in optimizer.param_groups:
                 group["lr"] = rate(step) * group["scale"]
             optimizer.step()
-            found.append(loss.item())
-    return found, network.state_dict()
+            losses.append(loss.item())
+    return losses, network.state_dict()
 
 
 def test_two_ranks_train_as_a_plain_loop_does(runs: SegmentSetup) -> None:
     """Batch norm, loss, schedule and layer decay at once."""
     expected_losses, expected = plain_loop(runs)
     assert losses(runs.folder / "plain") == pytest.approx(expected_losses, rel=1e-4)
-    found = trained(runs, "plain").state_dict()
-    assert found.keys() == expected.keys()
+    state = trained(runs, "plain").state_dict()
+    assert state.keys() == expected.keys()
     # A batch norm takes its input's bias away: rounding moves that bias, and the running mean.
     for name in ("neck.0.1.running_var", "head.fusion.1.running_var", "head.classifier.weight"):
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_numbers_are_those_of_the_saved_weights(runs: SegmentSetup) -> None:
@@ -270,10 +270,10 @@ def test_numbers_are_those_of_the_saved_weights(runs: SegmentSetup) -> None:
         predictions.append(logits.argmax(0).numpy()[mask != 255])
         masks.append(mask[mask != 255])
     iou = jaccard_score(np.concatenate(masks), np.concatenate(predictions), average=None)
-    found = result(folder)
-    assert list(found["IoU"].values()) == pytest.approx(iou.tolist(), abs=1e-6)
-    assert found["test/mIoU"] == pytest.approx(iou.mean())
-    assert found["num_test_images"] == NUM_TEST and found["num_classes_left_out"] == 0
+    measured = result(folder)
+    assert list(measured["IoU"].values()) == pytest.approx(iou.tolist(), abs=1e-6)
+    assert measured["test/mIoU"] == pytest.approx(iou.mean())
+    assert measured["num_test_images"] == NUM_TEST and measured["num_classes_left_out"] == 0
     evaluations = [record for record in records(folder) if "test/mIoU" in record]
     assert [record["cycle"] for record in evaluations] == [2, 4]
     assert "| IoU 2 |" in (folder / "report.md").read_text()
@@ -329,8 +329,8 @@ def test_bfloat16_stays_near(runs: SegmentSetup) -> None:
 
 
 def test_the_tutorials_head_in_micro_batches_and_whole_images(runs: SegmentSetup) -> None:
-    found = result(runs.folder / "tutorial")
-    assert 0 < found["test/aAcc"] < 1 and found["inference"]["mode"] == "whole"
+    measured = result(runs.folder / "tutorial")
+    assert 0 < measured["test/aAcc"] < 1 and measured["inference"]["mode"] == "whole"
     assert all(map(math.isfinite, losses(runs.folder / "tutorial")))
 
 
@@ -342,6 +342,6 @@ def test_resuming_changes_no_bit(runs: SegmentSetup, stage: int) -> None:
     assert contents(last(halves)) == expected
     assert records(halves) == records(whole)
     results = [result(run) for run in (whole, halves)]
-    for found in results:
-        del found["seconds"], found["images_per_second"]
+    for measured in results:
+        del measured["seconds"], measured["images_per_second"]
     assert results[0] == results[1]

@@ -129,13 +129,13 @@ def test_the_encoder_is_the_given_one(setup: SegmentSetup, tmp_path: Path) -> No
         segmentation_program.initial_network(recipe),
         segmentation_program.build_network(recipe),
     )
-    given = autoencoder.state_dict()
+    encoder = autoencoder.state_dict()
     for name, tensor in network.state_dict().items():
-        own = name.removeprefix("backbone.")
-        if own == name or "gamma" in name:
+        stem = name.removeprefix("backbone.")
+        if stem == name or "gamma" in name:
             assert torch.equal(tensor, plain.state_dict()[name])
-        elif own != "pos_embed":
-            assert torch.equal(tensor, given[own])
+        elif stem != "pos_embed":
+            assert torch.equal(tensor, encoder[stem])
     assert all(torch.equal(block.ls1.gamma, torch.ones(16)) for block in network.backbone.blocks)
     assert network.backbone.pos_embed.shape == (1, 17, 16)
 
