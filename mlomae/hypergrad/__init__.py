@@ -20,12 +20,14 @@ from mlomae.hypergrad.estimators import (
     Truncated,
     Unrolled,
 )
-from mlomae.hypergrad.level import Level
+from mlomae.hypergrad.level import Binding, Level
 from mlomae.hypergrad.losses import ReplayedLoss, WeightedLoss
 from mlomae.hypergrad.multilevel import Hypergradient, Multilevel
 from mlomae.hypergrad.partition import Vector
+from mlomae.hypergrad.steps import newest
 
 __all__ = [
+    "Binding",
     "ConjugateGradient",
     "Estimator",
     "FiniteDifference",
@@ -40,4 +42,5 @@ __all__ = [
     "Unrolled",
     "Vector",
     "WeightedLoss",
+    "newest",
 ]
