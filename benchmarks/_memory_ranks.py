@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from mlomae.distributed.start import set_up_logging, start_ranks  # noqa: E402
 from mlomae.pretraining.images import LevelImages  # noqa: E402
 from mlomae.pretraining.program import build_levels, build_task  # noqa: E402
-from mlomae.pretraining.recipe import Recipe  # noqa: E402
+from mlomae.pretraining.recipe import PretrainingRecipe  # noqa: E402
 from mlomae.pretraining.task import MloMaePretraining, Pretraining  # noqa: E402
 from mlomae.training.program import Job  # noqa: E402
 
@@ -106,7 +106,7 @@ def measure(case: dict[str, Any], num_cycles: int = NUM_CYCLES) -> dict[str, Any
     """Bytes at rest, at the peak of each phase, and sent in each phase of a cycle."""
     gc.collect()
     before = mapped()
-    recipe, meter = Recipe.model_validate(case["recipe"]), Meter()
+    recipe, meter = PretrainingRecipe.model_validate(case["recipe"]), Meter()
     with meter:
         levels = build_levels(Job(recipe, case["config"], "recipe", "config"), num_cycles=10**6)
         sizes = {name: LevelImages(None, range(10**6), None) for name in levels}  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def _small(case: dict[str, Any]) -> dict[str, Any]:
     return case | {"recipe": recipe | {"model": model}}
 
 
-def _cycle(recipe: Recipe, task: Pretraining, meter: Meter) -> None:
+def _cycle(recipe: PretrainingRecipe, task: Pretraining, meter: Meter) -> None:
     """As the task's own, on random images."""
     for _ in range(recipe.pretrain.steps_per_cycle):
         images, _ = _draw(recipe, "pretrain")
@@ -153,7 +153,7 @@ def _cycle(recipe: Recipe, task: Pretraining, meter: Meter) -> None:
         task.problem.mask_step(*batch)
 
 
-def _draw(recipe: Recipe, name: str) -> tuple[Tensor, Tensor]:
+def _draw(recipe: PretrainingRecipe, name: str) -> tuple[Tensor, Tensor]:
     number = recipe.levels[name].batch_size // dist.get_world_size()
     labels = torch.arange(number) % (recipe.data.num_classes or 1)
     return torch.randn(number, 3, *recipe.model.image_size), labels

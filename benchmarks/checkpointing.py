@@ -28,7 +28,7 @@ from torch import Tensor
 from mlomae.checkpoint import Progress, finish_saving, start_saving
 from mlomae.distributed.start import start_ranks
 from mlomae.pretraining.program import build_levels, build_task
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.pretraining.task import Pretraining
 from mlomae.recipe import load_recipe
 from mlomae.training.deepspeed_config import load_deepspeed_config
@@ -89,11 +89,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _build(arguments: argparse.Namespace) -> tuple[Recipe, Pretraining]:
+def _build(arguments: argparse.Namespace) -> tuple[PretrainingRecipe, Pretraining]:
     names = ["pretrain", "classifier", "mask"]
-    first = load_recipe(arguments.recipe, Recipe)
+    first = load_recipe(arguments.recipe, PretrainingRecipe)
     overrides = [f"{n}.batch_size={arguments.batch_size}" for n in names if n in first.levels]
-    recipe = load_recipe(arguments.recipe, Recipe, overrides)
+    recipe = load_recipe(arguments.recipe, PretrainingRecipe, overrides)
     config = load_deepspeed_config(arguments.deepspeed_config)
     job = Job(recipe, config, arguments.recipe, arguments.deepspeed_config)
     levels = build_levels(job, num_cycles=10_000)
@@ -104,7 +104,7 @@ def _build(arguments: argparse.Namespace) -> tuple[Recipe, Pretraining]:
 
 
 def _measure(
-    task: Pretraining, recipe: Recipe, folder: Path, arguments: argparse.Namespace
+    task: Pretraining, recipe: PretrainingRecipe, folder: Path, arguments: argparse.Namespace
 ) -> tuple[dict[str, list[Round]], int]:
     rounds: dict[str, list[Round]] = {kind: [] for kind in KINDS}
     task.cycle()  # allocations of the first
@@ -118,7 +118,9 @@ def _measure(
     return rounds, size
 
 
-def _round(task: Pretraining, recipe: Recipe, folder: Path, kind: str, num_cycles: int) -> Round:
+def _round(
+    task: Pretraining, recipe: PretrainingRecipe, folder: Path, kind: str, num_cycles: int
+) -> Round:
     start = time.perf_counter()
     if kind == "none":
         cycle = median(_seconds(task.cycle) for _ in range(num_cycles))

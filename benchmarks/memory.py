@@ -19,7 +19,7 @@ from typing import Any
 from _about import HERE, about, save, table
 
 from mlomae.commands.plan.cycle import Cycle, simulate
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 
 ROOT = HERE.parent
 METHODS = ("mae", "mlo_mae")
@@ -112,7 +112,9 @@ def _measure(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _compare(case: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    cycle = simulate(Recipe.model_validate(case["recipe"]), case["config"], case["num_ranks"])
+    cycle = simulate(
+        PretrainingRecipe.model_validate(case["recipe"]), case["config"], case["num_ranks"]
+    )
     return {
         "case": case["name"],
         "measured": measured,

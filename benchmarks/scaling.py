@@ -14,7 +14,7 @@ from mlomae.commands.plan.command import RESERVE
 from mlomae.commands.plan.cycle import Cycle
 from mlomae.commands.plan.hardware import GB, GPUS
 from mlomae.commands.plan.speed import Cluster, Speed, expected_speed
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from mlomae.training.deepspeed_config import compute_dtype, load_deepspeed_config
 
@@ -56,7 +56,7 @@ def _rows(kind: str) -> Iterator[list[str]]:
 
 def _plan(model: str, config: str, nodes: int, batch_size: int) -> tuple[Cycle, list[Speed]]:
     overrides = [f"{level}.batch_size={batch_size}" for level in LEVELS]
-    recipe = load_recipe(f"mlo_mae_vit_{model}_imagenet", Recipe, overrides)
+    recipe = load_recipe(f"mlo_mae_vit_{model}_imagenet", PretrainingRecipe, overrides)
     deepspeed_config = load_deepspeed_config(ROOT / "ds_configs" / f"{config}_bf16.json")
     clusters = [
         Cluster(GPUS["a100-80gb"], nodes, PER_NODE, UTILIZATION, bandwidth * GB)

@@ -43,7 +43,7 @@ from mlomae.models import MaskedAutoencoder
 from mlomae.models.attention import check_backend
 from mlomae.pretraining.images import LevelImages
 from mlomae.pretraining.program import build_levels, build_task
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.pretraining.task import MloMaePretraining
 from mlomae.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from mlomae.training.program import Job
@@ -74,14 +74,14 @@ class Settings:
     is_fused: bool
     config: dict[str, Any]
 
-    def recipe(self, method: str) -> Recipe:
+    def recipe(self, method: str) -> PretrainingRecipe:
         """A recipe of the program that trains this model."""
         preset, _, patch_size = self.model.removeprefix("mae_").rpartition("_patch")
         level = {"batch_size": self.batch_size, "lr": 1e-4}
         names = ("pretrain", "classifier", "mask") if method == "mlo_mae" else ("pretrain",)
         model = {"preset": preset, "image_size": self.image_size, "patch_size": int(patch_size)}
         model |= {"attention": self.attention, "compile_blocks": self.is_compiled}
-        return Recipe.model_validate(
+        return PretrainingRecipe.model_validate(
             {"method": method, "output_dir": "synthetic", "epochs": 1.0, "masking": {}}
             | {"data": {"train": "synthetic", "num_classes": NUM_CLASSES}, "model": model}
             | dict.fromkeys(names, level)

@@ -31,7 +31,7 @@ from mlomae.models.mae import num_kept
 from mlomae.pretraining.masks import MaskSchedule
 from mlomae.pretraining.networks import load_masking_network
 from mlomae.pretraining.pictures import mask_picture
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.randomness import hashed
 from mlomae.recipe import load_recipe
 from mlomae.training.monitor import save_picture
@@ -183,7 +183,9 @@ def _masking_of(encoder: Encoder) -> tuple[nn.Module | None, float | None]:
     if "checkpoint" not in source or source["untrained"] or encoder.name not in PRETRAINING:
         return None, None
     checkpoint = Path(source["checkpoint"])
-    ratio = MaskSchedule.of(load_recipe(checkpoint / RECIPE_FILE, Recipe), 1).mask_ratio[1]
+    ratio = MaskSchedule.of(load_recipe(checkpoint / RECIPE_FILE, PretrainingRecipe), 1).mask_ratio[
+        1
+    ]
     has_network = (checkpoint / MASKING_FILE).is_file()
     return load_masking_network(checkpoint) if has_network else None, ratio
 

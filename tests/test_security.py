@@ -24,7 +24,7 @@ from data_ffcv.convert import convert
 from eval import knn
 from mlomae.errors import UserError
 from mlomae.pretraining.program import PretrainingProgram
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from mlomae.training import command_line
 from tests.ranks import run_ranks
@@ -120,14 +120,14 @@ def test_a_recipe_with_code_is_refused(tmp_path: Path, marker: Path, tag: str):
     file = tmp_path / "recipe.yaml"
     file.write_text(f"method: mae\noutput_dir: !!python/{tag} [{marker}]\n")
     with pytest.raises(UserError, match=r"recipe\.yaml"):
-        load_recipe(str(file), Recipe)
+        load_recipe(str(file), PretrainingRecipe)
 
 
 @pytest.mark.usefixtures("marker")
 def test_an_override_with_code_is_refused(setup: Setup, tmp_path: Path):
     override = f"output_dir=!!python/object/apply:os.mkdir [{tmp_path / 'marker'}]"
     with pytest.raises(UserError, match="output_dir"):
-        load_recipe(setup.recipes["mae"], Recipe, (override,))
+        load_recipe(setup.recipes["mae"], PretrainingRecipe, (override,))
 
 
 def _plant(checkpoint: Path, marker: Path) -> None:

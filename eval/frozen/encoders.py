@@ -20,12 +20,12 @@ from mlomae.pretraining.networks import (
     load_initial_weights,
     load_model,
 )
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import read_values
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_WORKERS = 4  # loader threads for weights that come without a recipe
-PRETRAINING = get_args(Recipe.model_fields["method"].annotation)
+PRETRAINING = get_args(PretrainingRecipe.model_fields["method"].annotation)
 """Methods whose runs hold a masked autoencoder with its decoder."""
 
 
@@ -86,7 +86,7 @@ def of_run(run: str | Path, *, untrained: bool = False, with_decoder: bool = Fal
     return Encoder(name, source, model, data.mean, data.std, data.num_workers)
 
 
-def _load_initial(model: MaskedAutoencoder, recipe: Recipe, run: str | Path) -> None:
+def _load_initial(model: MaskedAutoencoder, recipe: PretrainingRecipe, run: str | Path) -> None:
     try:
         load_initial_weights(model, recipe)
     except UserError as error:

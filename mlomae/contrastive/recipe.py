@@ -12,7 +12,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import (
     AugmentationRecipe,
     CheckpointRecipe,
@@ -205,13 +205,13 @@ class MaeCtRecipe(Section):
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     monitor: MonitorRecipe = MonitorRecipe()
 
-    def pretrain_run(self) -> Recipe | None:
+    def pretrain_run(self) -> PretrainingRecipe | None:
         """The first step's recipe; None where init_from stands in for it."""
         if self.init_from or self.pretrain is None:
             return None
         common = self._common("pretrain", self.pretrain)
         sections = {"model": self.model.model_dump(), "masking": self.masking.model_dump()}
-        return _build(Recipe, common | sections | {"method": "mae"})
+        return _build(PretrainingRecipe, common | sections | {"method": "mae"})
 
     def head_run(self) -> HeadRun | None:
         """The second step's recipe; None where head_from stands in for it."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_ffcv import Augmentation, ImagesInfo, choose_backend, inspect_images, split_by_class
 from mlomae.errors import UserError
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import AugmentationRecipe
 
 
@@ -29,7 +29,7 @@ class LevelImages:
         return self.info.num_samples if self.indices is None else len(self.indices)
 
 
-def plan_images(recipe: Recipe) -> dict[str, LevelImages]:
+def plan_images(recipe: PretrainingRecipe) -> dict[str, LevelImages]:
     """What each level draws from.
 
     The mask level gets its share of the labelled images, `classifier` the rest. `pretrain` gets
@@ -64,7 +64,7 @@ def plan_images(recipe: Recipe) -> dict[str, LevelImages]:
     return images
 
 
-def _split_labelled(recipe: Recipe) -> tuple[ImagesInfo, np.ndarray, np.ndarray]:
+def _split_labelled(recipe: PretrainingRecipe) -> tuple[ImagesInfo, np.ndarray, np.ndarray]:
     """The images of classifier and mask, and which of them are whose, drawn by class and seed."""
     labelled = recipe.labelled
     section = "data" if recipe.downstream is None else "downstream"
@@ -82,7 +82,7 @@ def _split_labelled(recipe: Recipe) -> tuple[ImagesInfo, np.ndarray, np.ndarray]
     return info, *split_by_class(labels, recipe.data.mask_fraction, recipe.seed)
 
 
-def _augmentation(recipe: Recipe, name: str) -> AugmentationRecipe:
+def _augmentation(recipe: PretrainingRecipe, name: str) -> AugmentationRecipe:
     """The level's own, else that of its labelled images, else that of all."""
     downstream = None if name == "pretrain" else recipe.downstream
     of_labelled = None if downstream is None else downstream.augmentation

@@ -8,13 +8,13 @@ from torch import Tensor
 from mlomae.hypergrad.losses import Models
 from mlomae.models import Scorer, block_scores, random_scores, reconstruction_loss
 from mlomae.pretraining.masks import MaskedBatch
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 
 MakeScorer = Callable[[torch.Generator, int], Scorer]
 """From a generator and the number of visible patches to the scores of a batch."""
 
 
-def baseline_scorer(recipe: Recipe) -> MakeScorer:
+def baseline_scorer(recipe: PretrainingRecipe) -> MakeScorer:
     """The masks of a recipe without a masking network: random, or block-wise."""
     if recipe.masking.network == "random":
         return lambda generator, num_keep: random_scores(generator)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mlomae.distributed.collectives import rank
 from mlomae.models.mae import num_kept
 from mlomae.models.precision import at_least_float32
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.randomness import hashed
 
 Weighting = Literal["published", "normalized"]
@@ -51,7 +51,7 @@ class MaskSchedule:
     seed: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe, num_steps: int) -> "MaskSchedule":
+    def of(cls, recipe: PretrainingRecipe, num_steps: int) -> "MaskSchedule":
         """The schedule of a recipe."""
         masking = recipe.masking
         end = masking.mask_ratio if masking.mask_ratio_end is None else masking.mask_ratio_end

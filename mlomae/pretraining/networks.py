@@ -18,11 +18,11 @@ from mlomae.models import (
     MaskingNetwork,
     SegmentationHead,
 )
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 
 
-def build_model(recipe: Recipe) -> MaskedAutoencoder:
+def build_model(recipe: PretrainingRecipe) -> MaskedAutoencoder:
     """An untrained masked autoencoder, initialised from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -32,7 +32,7 @@ def build_model(recipe: Recipe) -> MaskedAutoencoder:
         )
 
 
-def load_initial_weights(model: MaskedAutoencoder, recipe: Recipe) -> None:
+def load_initial_weights(model: MaskedAutoencoder, recipe: PretrainingRecipe) -> None:
     """Give a new model the weights of the recipe's `init_from`, where it has one.
 
     Raises:
@@ -42,7 +42,7 @@ def load_initial_weights(model: MaskedAutoencoder, recipe: Recipe) -> None:
         load_weights(model, recipe.init_from, expected=recipe.init_from_expected)
 
 
-def build_masking_network(recipe: Recipe) -> MaskingNetwork | LightMaskingNetwork:
+def build_masking_network(recipe: PretrainingRecipe) -> MaskingNetwork | LightMaskingNetwork:
     """An untrained masking network; the published one fits the recipe's patch grid alone."""
     model, hidden_dim = recipe.model, recipe.masking.hidden_dim
     with torch.random.fork_rng(devices=[]):
@@ -52,7 +52,7 @@ def build_masking_network(recipe: Recipe) -> MaskingNetwork | LightMaskingNetwor
         return MaskingNetwork(model.num_patches, model.embed_dim, hidden_dim)
 
 
-def build_classifier(recipe: Recipe) -> ClassificationHead:
+def build_classifier(recipe: PretrainingRecipe) -> ClassificationHead:
     """An untrained head for the recipe's labels; the recipe must be one of `mlo_mae`."""
     assert recipe.classifier is not None
     labelled = recipe.labelled
@@ -62,7 +62,7 @@ def build_classifier(recipe: Recipe) -> ClassificationHead:
         return head(recipe.model.embed_dim, labelled.num_classes, recipe.classifier.dropout)
 
 
-BUILDERS: dict[str, Callable[[Recipe], nn.Module]] = {
+BUILDERS: dict[str, Callable[[PretrainingRecipe], nn.Module]] = {
     "pretrain": build_model,
     "classifier": build_classifier,
     "mask": build_masking_network,
@@ -70,14 +70,14 @@ BUILDERS: dict[str, Callable[[Recipe], nn.Module]] = {
 """The untrained network of each level."""
 
 
-def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Recipe]:
+def load_model(path: str | Path) -> tuple[MaskedAutoencoder, PretrainingRecipe]:
     """The masked autoencoder of a run or checkpoint folder, in evaluation mode on the CPU.
 
     Raises:
         UserError: nothing is there, or the weights are not those of the recipe's model.
     """
     checkpoint = find_checkpoint(path)
-    recipe = load_recipe(checkpoint / RECIPE_FILE, Recipe)
+    recipe = load_recipe(checkpoint / RECIPE_FILE, PretrainingRecipe)
     model = build_model(for_inference(recipe))
     _load_strictly(model, checkpoint / MODEL_FILE)
     return model.eval(), recipe
@@ -86,12 +86,14 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Recipe]:
 def load_masking_network(path: str | Path) -> MaskingNetwork | LightMaskingNetwork:
     """The masking network of an `mlo_mae` run or checkpoint folder, on the CPU."""
     checkpoint = find_checkpoint(path)
-    network = build_masking_network(for_inference(load_recipe(checkpoint / RECIPE_FILE, Recipe)))
+    network = build_masking_network(
+        for_inference(load_recipe(checkpoint / RECIPE_FILE, PretrainingRecipe))
+    )
     _load_strictly(network, checkpoint / MASKING_FILE)
     return network.eval()
 
 
-def for_inference(recipe: Recipe) -> Recipe:
+def for_inference(recipe: PretrainingRecipe) -> PretrainingRecipe:
     """The recipe without what training alone needs, such as a kernel that only its GPUs have."""
     changes = {"attention": "auto", "compile_blocks": False, "activation_checkpointing": False}
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})

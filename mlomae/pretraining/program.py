@@ -15,28 +15,28 @@ from mlomae.pretraining.mlo_mae import (
     level_losses,
 )
 from mlomae.pretraining.networks import BUILDERS, build_model, load_initial_weights
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.pretraining.task import MaePretraining, MloMaePretraining, Pretraining
 from mlomae.training.engines import TrainingLevel
 from mlomae.training.program import Job, Program
 from mlomae.training.task import count_cycles
 
 
-class PretrainingProgram(Program[Recipe]):
+class PretrainingProgram(Program[PretrainingRecipe]):
     """Plain MAE or MLO-MAE.
 
     Attributes:
         images: of each level, once `check` has looked at them.
     """
 
-    schema = Recipe
+    schema = PretrainingRecipe
     images: dict[str, LevelImages]
 
-    def module(self, recipe: Recipe, name: str) -> nn.Module:
+    def module(self, recipe: PretrainingRecipe, name: str) -> nn.Module:
         """The untrained network of a level."""
         return BUILDERS[name](recipe)
 
-    def check(self, job: Job[Recipe]) -> None:
+    def check(self, job: Job[PretrainingRecipe]) -> None:
         """Images and initial weights must fit the recipe."""
         self.images = plan_images(job.recipe)
         if job.recipe.init_from and not job.is_continued:
@@ -44,13 +44,13 @@ class PretrainingProgram(Program[Recipe]):
                 model = build_model(job.recipe)
             check_weights(model, job.recipe.init_from, expected=job.recipe.init_from_expected)
 
-    def build(self, job: Job[Recipe]) -> Pretraining:
+    def build(self, job: Job[PretrainingRecipe]) -> Pretraining:
         """Engines, and the method's task on them."""
         num_cycles = count_cycles(job.recipe, self.images["pretrain"].num_images)
         return build_task(job.recipe, build_levels(job, num_cycles), self.images)
 
 
-def losses_of(recipe: Recipe) -> dict[str, LevelLoss]:
+def losses_of(recipe: PretrainingRecipe) -> dict[str, LevelLoss]:
     """The loss of each level of a recipe, and the levels which it reads."""
     if recipe.method == "mae":
         return {"pretrain": LevelLoss(BaselineReconstruction(baseline_scorer(recipe)))}
@@ -60,7 +60,7 @@ def losses_of(recipe: Recipe) -> dict[str, LevelLoss]:
     return level_losses(reconstruction(recipe.masking.weighting), head)
 
 
-def build_levels(job: Job[Recipe], num_cycles: int) -> dict[str, TrainingLevel]:
+def build_levels(job: Job[PretrainingRecipe], num_cycles: int) -> dict[str, TrainingLevel]:
     """A DeepSpeed engine for each level of the recipe. All ranks must call."""
     recipe, levels = job.recipe, {}
     for name, loss in losses_of(recipe).items():
@@ -72,7 +72,7 @@ def build_levels(job: Job[Recipe], num_cycles: int) -> dict[str, TrainingLevel]:
 
 
 def build_task(
-    recipe: Recipe, levels: dict[str, TrainingLevel], images: dict[str, LevelImages]
+    recipe: PretrainingRecipe, levels: dict[str, TrainingLevel], images: dict[str, LevelImages]
 ) -> Pretraining:
     """The task of the recipe's method. All ranks must call.
 

@@ -13,7 +13,7 @@ from mlomae.recipe.run import RunRecipe
 from mlomae.recipe.section import Refusal
 
 
-class Recipe(RunRecipe):
+class PretrainingRecipe(RunRecipe):
     """Pretraining of a masked autoencoder."""
 
     method: Literal["mlo_mae", "mae"]

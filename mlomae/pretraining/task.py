@@ -23,7 +23,7 @@ from mlomae.pretraining.mlo_mae import (
     MloMaeProblem,
 )
 from mlomae.pretraining.pictures import mask_picture
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe.hypergradient import build_estimator
 from mlomae.training.engines import TrainingLevel, evaluating, full_weights
 from mlomae.training.task import Task
@@ -36,11 +36,11 @@ class Pretraining(Task):
         images: of each level, by its name.
     """
 
-    recipe: Recipe
+    recipe: PretrainingRecipe
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: PretrainingRecipe,
         levels: dict[str, TrainingLevel],
         images: dict[str, LevelImages],
     ) -> None:
@@ -124,7 +124,7 @@ class MaePretraining(Pretraining):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: PretrainingRecipe,
         levels: dict[str, TrainingLevel],
         images: dict[str, LevelImages],
     ) -> None:
@@ -157,7 +157,7 @@ class MloMaePretraining(Pretraining):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: PretrainingRecipe,
         levels: dict[str, TrainingLevel],
         images: dict[str, LevelImages],
     ) -> None:

@@ -22,7 +22,7 @@ from mlomae.errors import UserError
 from mlomae.foreign.layouts import to_timm
 from mlomae.models import MaskedAutoencoder
 from mlomae.pretraining.networks import build_masking_network, build_model, load_model
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import dump_recipe, load_recipe
 
 SMALL = [
@@ -41,9 +41,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PRECISIONS = list(TOLERANCE)
 
 
-def save_run(run: Path, *overrides: str, step: int = 7) -> Recipe:
+def save_run(run: Path, *overrides: str, step: int = 7) -> PretrainingRecipe:
     """Write a checkpoint's weights and recipe; all weights differ from their initial values."""
-    recipe = load_recipe("quickstart_mlo_mae", Recipe, [*SMALL, *overrides])
+    recipe = load_recipe("quickstart_mlo_mae", PretrainingRecipe, [*SMALL, *overrides])
     checkpoint = run / "checkpoints" / f"step_{step:08d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / RECIPE_FILE).write_text(dump_recipe(recipe))
@@ -164,7 +164,7 @@ def test_every_size_has_timms_names_and_shapes(
     preset, patch_size, image_size, architecture, model_args
 ):
     recipe = load_recipe(
-        "quickstart_mlo_mae", Recipe, [*SMALL, *sizes_of(preset, patch_size, image_size)]
+        "quickstart_mlo_mae", PretrainingRecipe, [*SMALL, *sizes_of(preset, patch_size, image_size)]
     )
     with torch.device("meta"):
         ours = build_model(recipe)
@@ -291,13 +291,13 @@ def test_plain_mae_has_no_masking_network(tmp_path):
     assert "Labels" not in (folder / "README.md").read_text()
 
 
-def save_mae_run(run: Path, *overrides: str) -> Recipe:
+def save_mae_run(run: Path, *overrides: str) -> PretrainingRecipe:
     """As `save_run`, of plain MAE."""
     save_run(run)
     checkpoint = run / "checkpoints" / "step_00000007"
     (checkpoint / MASKING_FILE).unlink()
     sizes = [key for key in SMALL if not key.startswith("masking")]
-    recipe = load_recipe("quickstart_mae", Recipe, [*sizes, *overrides])
+    recipe = load_recipe("quickstart_mae", PretrainingRecipe, [*sizes, *overrides])
     (checkpoint / RECIPE_FILE).write_text(dump_recipe(recipe))
     return recipe
 

@@ -11,7 +11,7 @@ import mlomae.commands.export.formats as formats
 from mlomae.checkpoint.folders import MODEL_FILE, RECIPE_FILE
 from mlomae.commands.export.command import export, main
 from mlomae.errors import UserError
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from tests.commands.test_export import save_mae_run, save_run
 
@@ -37,7 +37,7 @@ def test_card_recipe_and_measurements_are_those_of_the_checkpoint(tmp_path):
     (tmp_path / "eval" / "clustering" / "result.json").write_text(json.dumps(clustering))
 
     folder = export(tmp_path, "timm")
-    assert load_recipe(folder / RECIPE_FILE, Recipe) == recipe
+    assert load_recipe(folder / RECIPE_FILE, PretrainingRecipe) == recipe
     assert json.loads((folder / "metrics.json").read_text()) == {
         "checkpoint": "step_00000007",
         "last_record": records[1],

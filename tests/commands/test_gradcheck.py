@@ -17,7 +17,7 @@ from mlomae.commands.gradcheck.memory import PeakMemory
 from mlomae.commands.gradcheck.problem import SameDraws, reduce_config, reduce_recipe
 from mlomae.commands.gradcheck.rows import Bench, Row, make_rows
 from mlomae.pretraining.program import build_levels
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from tests.ranks import ROOT, run_ranks
 
@@ -164,7 +164,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "launch" / "recipes").glob("*mlo_
 @pytest.mark.parametrize("name", RECIPES)
 def test_reducing_keeps_the_mathematics(name: str, world_size: int) -> None:
     recipe = load_recipe(
-        name, Recipe, ["pretrain.gradient_accumulation_steps=2", "pretrain.eps=1e-6"]
+        name, PretrainingRecipe, ["pretrain.gradient_accumulation_steps=2", "pretrain.eps=1e-6"]
     )
     reduced = reduce_recipe(recipe, world_size)
     sizes = {"batch_size", "base_lr", "warmup_epochs"}
@@ -180,20 +180,22 @@ def test_reducing_keeps_the_mathematics(name: str, world_size: int) -> None:
 
 
 def test_a_high_mask_ratio_gets_a_grid_on_which_some_patch_is_kept() -> None:
-    recipe = load_recipe("mlo_mae_vit_base_patch16_imagenet", Recipe, ["masking.mask_ratio=0.95"])
+    recipe = load_recipe(
+        "mlo_mae_vit_base_patch16_imagenet", PretrainingRecipe, ["masking.mask_ratio=0.95"]
+    )
     num_patches = reduce_recipe(recipe, 1).model.num_patches
     assert num_patches == 25  # of 16 patches 0.8 would be kept
 
 
 def test_a_small_recipe_stays_as_it_is() -> None:
-    small = reduce_recipe(load_recipe("quickstart_mlo_mae", Recipe), 1)
+    small = reduce_recipe(load_recipe("quickstart_mlo_mae", PretrainingRecipe), 1)
     assert reduce_recipe(small, 1) == small
 
 
 def test_a_json_loses_its_batches_and_large_buckets() -> None:
     zero = {"stage": 2, "reduce_bucket_size": 5e8, "allgather_bucket_size": 1000}
     config = {"train_batch_size": 128, "gradient_clipping": 1.0, "zero_optimization": zero}
-    recipe = reduce_recipe(load_recipe("quickstart_mlo_mae", Recipe), 1)
+    recipe = reduce_recipe(load_recipe("quickstart_mlo_mae", PretrainingRecipe), 1)
     reduced = reduce_config(config, recipe)
     assert "train_batch_size" not in reduced
     assert reduced["gradient_clipping"] == 1.0
@@ -217,7 +219,7 @@ def test_dropout_in_float64_hides_what_it_hides_in_the_precision_of_the_engine()
 
 
 def row_of(*overrides: str) -> Row:
-    rows = make_rows(load_recipe("quickstart_mlo_mae", Recipe, overrides))
+    rows = make_rows(load_recipe("quickstart_mlo_mae", PretrainingRecipe, overrides))
     (recipe_row,) = (row for row in rows if row.is_of_recipe)
     return recipe_row
 
@@ -239,7 +241,9 @@ def test_the_recipes_own_estimator_is_a_row(overrides: tuple[str, ...], name: st
 
 
 def test_rows_are_not_repeated() -> None:
-    recipe = load_recipe("quickstart_mlo_mae", Recipe, ["hypergradient.pretrain_steps=2"])
+    recipe = load_recipe(
+        "quickstart_mlo_mae", PretrainingRecipe, ["hypergradient.pretrain_steps=2"]
+    )
     rows = make_rows(recipe)
     assert [row.name for row in rows].count("Unrolled") == 1  # all steps of the cycle already
     assert all(row.steps == {"pretrain": 2, "classifier": 1} for row in rows)

@@ -26,7 +26,7 @@ from mlomae.commands.quickstart.report import Facts, RunSummary, render_report
 from mlomae.commands.quickstart.training import StageFailed, plan_launch, run_logged, train
 from mlomae.environment import describe_machine
 from mlomae.errors import UserError
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from mlomae.training.task import count_cycles
 
@@ -88,14 +88,17 @@ def test_a_failed_download_names_the_ways_out(tmp_path, monkeypatch):
 def test_plain_mae_takes_exactly_the_steps_of_mlo_mae(num_steps, num_images, batch_size):
     epochs = epochs_of(num_steps, num_images, batch_size)
     overrides = mae_overrides([f"pretrain.batch_size={batch_size}", "epochs=4"], epochs)
-    assert count_cycles(load_recipe("quickstart_mae", Recipe, overrides), num_images) == num_steps
+    assert (
+        count_cycles(load_recipe("quickstart_mae", PretrainingRecipe, overrides), num_images)
+        == num_steps
+    )
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(60_000, 128), (700, 128), (50, 8)])
 def test_own_images_get_a_valid_recipe_with_as_many_steps(num_images, batch_size):
     images = beton_info(num_images)
-    overrides = user_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), images)
-    recipe = load_recipe("quickstart_mlo_mae", Recipe, overrides)
+    overrides = user_data_overrides(load_recipe("quickstart_mlo_mae", PretrainingRecipe), images)
+    recipe = load_recipe("quickstart_mlo_mae", PretrainingRecipe, overrides)
     upper = min(64, batch_size)
     sizes = {name: level.batch_size for name, level in recipe.levels.items()}
     assert sizes == {"pretrain": batch_size, "classifier": upper, "mask": upper}
@@ -104,18 +107,21 @@ def test_own_images_get_a_valid_recipe_with_as_many_steps(num_images, batch_size
     assert recipe.epochs * steps_per_epoch == pytest.approx(USER_NUM_STEPS)
 
     epochs = epochs_of(USER_NUM_STEPS, num_images, batch_size)
-    mae = load_recipe("quickstart_mae", Recipe, mae_overrides(overrides, epochs))
+    mae = load_recipe("quickstart_mae", PretrainingRecipe, mae_overrides(overrides, epochs))
     assert mae.epochs * (num_images // batch_size) == pytest.approx(USER_NUM_STEPS)
     assert (mae.model, mae.pretrain.batch_size) == (recipe.model, batch_size)
 
 
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match=r"--data has 30 training images.*add images"):
-        user_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), beton_info(30))
+        user_data_overrides(load_recipe("quickstart_mlo_mae", PretrainingRecipe), beton_info(30))
 
 
 def test_the_two_recipes_differ_in_the_masks_alone():
-    mlo_mae, mae = load_recipe("quickstart_mlo_mae", Recipe), load_recipe("quickstart_mae", Recipe)
+    mlo_mae, mae = (
+        load_recipe("quickstart_mlo_mae", PretrainingRecipe),
+        load_recipe("quickstart_mae", PretrainingRecipe),
+    )
     assert mae.model == mlo_mae.model
     assert mae.masking.mask_ratio == mlo_mae.masking.mask_ratio
     assert mae.data.augmentation == mlo_mae.data.augmentation

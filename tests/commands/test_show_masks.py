@@ -20,7 +20,7 @@ from mlomae.pretraining.networks import (
     load_masking_network,
     load_model,
 )
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import dump_recipe, load_recipe
 from tests.pretraining.test_pictures import Bytes, cells, patch_grid
 
@@ -32,13 +32,13 @@ SMALL = [
 ]  # fmt: skip
 
 
-def write_run(folder: Path, name: str, *overrides: str) -> Recipe:
+def write_run(folder: Path, name: str, *overrides: str) -> PretrainingRecipe:
     """A run with one checkpoint, whose weights are not those of the recipe's seed."""
-    recipe = load_recipe(name, Recipe, [*SMALL, *overrides])
+    recipe = load_recipe(name, PretrainingRecipe, [*SMALL, *overrides])
     checkpoint = folder / "checkpoints" / "step_00000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / "recipe.yaml").write_text(dump_recipe(recipe))
-    other = load_recipe(name, Recipe, [*SMALL, *overrides, "seed=99"])
+    other = load_recipe(name, PretrainingRecipe, [*SMALL, *overrides, "seed=99"])
     save_file(build_model(other).state_dict(), checkpoint / "model.safetensors")
     if recipe.method == "mlo_mae":
         network = build_masking_network(other)
@@ -232,7 +232,7 @@ def test_bad_input_is_one_sentence(run, images, command, tmp_path, monkeypatch, 
 
 def test_weights_of_another_masking_network_are_refused(run, images, tmp_path):
     checkpoint = run / "checkpoints" / "step_00000007"
-    recipe = load_recipe("quickstart_mlo_mae", Recipe, [*SMALL, "masking.network=light"])
+    recipe = load_recipe("quickstart_mlo_mae", PretrainingRecipe, [*SMALL, "masking.network=light"])
     (checkpoint / "recipe.yaml").write_text(dump_recipe(recipe))
     with pytest.raises(UserError, match=r"masking\.safetensors does not hold the weights"):
         show_masks.draw(run, images, tmp_path / "masks.png", 1)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from data_ffcv.convert import convert
 from mlomae.checkpoint.folders import MASKING_FILE
 from mlomae.pretraining.networks import build_masking_network, build_model
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import dump_recipe, load_recipe
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -53,11 +53,11 @@ def data(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A run folder with one checkpoint, whose weights are not those of the recipe's seed."""
-    recipe = load_recipe("quickstart_mlo_mae", Recipe, OVERRIDES)
+    recipe = load_recipe("quickstart_mlo_mae", PretrainingRecipe, OVERRIDES)
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / "recipe.yaml").write_text(dump_recipe(recipe))
-    other = load_recipe("quickstart_mlo_mae", Recipe, [*OVERRIDES, "seed=1"])
+    other = load_recipe("quickstart_mlo_mae", PretrainingRecipe, [*OVERRIDES, "seed=1"])
     save_file(build_model(other).state_dict(), checkpoint / "model.safetensors")
     save_file(build_masking_network(other).state_dict(), checkpoint / MASKING_FILE)
     return tmp_path / "run"

@@ -12,7 +12,7 @@ from mlomae.errors import UserError
 from mlomae.foreign import infer_architecture, load_weights, read_weights
 from mlomae.foreign.layouts import to_hugging_face
 from mlomae.models import MaskedAutoencoder
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import dump_recipe, load_recipe
 from tests.foreign import published
 from tests.foreign.published import SIZES, tensors_of, to_tutorial
@@ -359,7 +359,7 @@ def test_a_run_tells_its_own_heads_and_grid(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step_00000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / "recipe.yaml").write_text(
-        dump_recipe(load_recipe("quickstart_mae", Recipe, overrides))
+        dump_recipe(load_recipe("quickstart_mae", PretrainingRecipe, overrides))
     )
     save_file(full(), checkpoint / "model.safetensors")
     for path in (tmp_path, checkpoint):

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_ffcv.convert import convert
 from mlomae.pretraining.networks import load_masking_network, load_model
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from tests.ranks import free_port
 from tests.runs import Setup, checkpoints, records, tree
@@ -144,8 +144,8 @@ def test_the_resolved_recipe_is_printed_and_saved(
     finished: tuple[Path, str], module_setup: Setup
 ) -> None:
     run, output = finished
-    asked = load_recipe(module_setup.recipe, Recipe, [*OVERRIDES, f"output_dir={run}"])
-    assert load_recipe(run / "recipe.yaml", Recipe) == asked
+    asked = load_recipe(module_setup.recipe, PretrainingRecipe, [*OVERRIDES, f"output_dir={run}"])
+    assert load_recipe(run / "recipe.yaml", PretrainingRecipe) == asked
     assert (run / "recipe.yaml").read_text() in output
     assert json.loads((run / "deepspeed_config.json").read_text())["zero_optimization"]
 
@@ -201,7 +201,7 @@ def test_a_checkpoint_is_laid_out_as_documented(finished: tuple[Path, str]) -> N
         *("random_00000.safetensors", "random_00001.safetensors", *LEVELS),
     }
     model, recipe = load_model(finished[0])
-    assert recipe == load_recipe(finished[0] / "recipe.yaml", Recipe)
+    assert recipe == load_recipe(finished[0] / "recipe.yaml", PretrainingRecipe)
     assert sum(p.numel() for p in model.parameters()) > 0
     assert load_masking_network(newest) is not None
 

@@ -19,7 +19,7 @@ from mlomae.pretraining.images import plan_images
 from mlomae.pretraining.mae import BaselineReconstruction
 from mlomae.pretraining.masks import MaskedBatch
 from mlomae.pretraining.program import PretrainingProgram
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.pretraining.task import MaePretraining
 from mlomae.recipe import load_recipe
 from mlomae.training.program import check_job, make_job
@@ -150,20 +150,20 @@ def test_the_encoder_draws_all_of_its_images(
     setup: Setup, beton: Path, scenes: Path, overrides: Any
 ) -> None:
     given = setup.launch("run", *overrides["segmentation"])["overrides"]
-    images = plan_images(load_recipe(setup.recipe, Recipe, given))
+    images = plan_images(load_recipe(setup.recipe, PretrainingRecipe, given))
     assert images["pretrain"].info.path == beton and images["pretrain"].indices is None
     head, mask = images["classifier"], images["mask"]
     assert head.info.path == mask.info.path == scenes
     assert head.indices is not None and mask.indices is not None
     assert len(mask.indices) == NUM_SCENES / 5
     assert sorted([*head.indices, *mask.indices]) == list(range(NUM_SCENES))
-    other = plan_images(load_recipe(setup.recipe, Recipe, [*given, "seed=1"]))
+    other = plan_images(load_recipe(setup.recipe, PretrainingRecipe, [*given, "seed=1"]))
     assert not np.array_equal(other["mask"].indices, mask.indices)
 
 
 def test_a_second_set_is_split_by_class(setup: Setup, second: Path, overrides: Any) -> None:
     given = setup.launch("run", *overrides["classification"])["overrides"]
-    images = plan_images(load_recipe(setup.recipe, Recipe, given))
+    images = plan_images(load_recipe(setup.recipe, PretrainingRecipe, given))
     labels = inspect_images(second).labels
     assert images["pretrain"].num_images == 80
     assert np.bincount(labels[images["mask"].indices]).tolist() == [4, 4]
@@ -177,7 +177,7 @@ def test_the_nearest_augmentation_counts(setup: Setup, scenes: Path) -> None:
     }  # fmt: skip
     given = ["data.num_classes=null", f"downstream={json.dumps(section)}",
              "mask.augmentation.kind=center_crop"]  # fmt: skip
-    images = plan_images(load_recipe(setup.recipe, Recipe, given))
+    images = plan_images(load_recipe(setup.recipe, PretrainingRecipe, given))
     kinds = {name: image.augmentation.kind for name, image in images.items()}
     assert kinds == {
         "pretrain": "random_resized_crop",
@@ -234,7 +234,7 @@ def views_of(setup: Setup) -> dict[int, dict[str, Any]]:
 def test_both_views_are_one_batch(found: Any, module_setup: Setup, beton: Path) -> None:
     """What a step gets is the views one after the other, in each of its micro-batches."""
     launches = views_of(module_setup)
-    recipe = load_recipe(launches[1]["recipe"], Recipe, launches[1]["overrides"])
+    recipe = load_recipe(launches[1]["recipe"], PretrainingRecipe, launches[1]["overrides"])
     augmentation = recipe.data.augmentation.build(recipe.model.image_size)
     for rank, (_, steps) in enumerate(found):
         with open_stream(

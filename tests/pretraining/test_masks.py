@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mlomae.pretraining.masks import MaskSchedule, loss_weights
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 
 IMAGES = torch.zeros(2, 3, 4, 4)
@@ -55,7 +55,7 @@ def test_a_plain_schedule_hides_the_highest_scores_of_three_quarters():
     ],
 )
 def test_a_recipe_sets_the_schedule(overrides, ratio, temperature):
-    recipe = load_recipe("quickstart_mlo_mae", Recipe, [*overrides, "seed=5"])
+    recipe = load_recipe("quickstart_mlo_mae", PretrainingRecipe, [*overrides, "seed=5"])
     schedule = MaskSchedule.of(recipe, num_steps=9)
     assert schedule == MaskSchedule(16, ratio, temperature, 9, 5)
 

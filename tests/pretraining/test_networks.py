@@ -16,7 +16,7 @@ from mlomae.pretraining.networks import (
     load_masking_network,
     load_model,
 )
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import dump_recipe, load_recipe
 
 SMALL = [
@@ -27,8 +27,8 @@ SMALL = [
 BUILDERS = [build_model, build_masking_network, build_classifier]
 
 
-def small(*overrides: str) -> Recipe:
-    return load_recipe("quickstart_mlo_mae", Recipe, [*SMALL, *overrides])
+def small(*overrides: str) -> PretrainingRecipe:
+    return load_recipe("quickstart_mlo_mae", PretrainingRecipe, [*SMALL, *overrides])
 
 
 def exported(network: nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def exported(network: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 
 def save(
-    run: Path, step: int, recipe: Recipe, *, seed: int = 0, suffix: str = ""
+    run: Path, step: int, recipe: PretrainingRecipe, *, seed: int = 0, suffix: str = ""
 ) -> dict[str, Tensor]:
     """Write a checkpoint's weights and recipe; returns those of the model."""
     checkpoint = run / "checkpoints" / f"step_{step:08d}{suffix}"

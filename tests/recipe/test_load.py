@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from mlomae.errors import UserError
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import RESULT_NEUTRAL_KEYS, differing_keys, dump_recipe, load_recipe, read_values
 from mlomae.recipe.hypergradient import build_estimator
 
@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
 def refusal(path: str | Path, *overrides: str) -> str:
     """Return the one sentence with which a recipe is refused."""
     with pytest.raises(UserError) as caught:
-        load_recipe(path, Recipe, overrides)
+        load_recipe(path, PretrainingRecipe, overrides)
     sentence = str(caught.value)
     assert "\n" not in sentence
     return sentence
@@ -37,9 +37,9 @@ def refusal(path: str | Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe_survives_a_round_trip(name, tmp_path):
-    recipe = load_recipe(name, Recipe)
-    assert load_recipe(RECIPES / f"{name}.yaml", Recipe) == recipe
-    assert load_recipe(write(tmp_path, dump_recipe(recipe)), Recipe) == recipe
+    recipe = load_recipe(name, PretrainingRecipe)
+    assert load_recipe(RECIPES / f"{name}.yaml", PretrainingRecipe) == recipe
+    assert load_recipe(write(tmp_path, dump_recipe(recipe)), PretrainingRecipe) == recipe
 
 
 @pytest.mark.parametrize(
@@ -60,27 +60,29 @@ def test_shipped_recipe_survives_a_round_trip(name, tmp_path):
     ],
 )
 def test_override_is_applied_and_printed(text, value, tmp_path):
-    recipe = load_recipe(QUICKSTART, Recipe, [text])
+    recipe = load_recipe(QUICKSTART, PretrainingRecipe, [text])
     value_read = recipe
     for name in text.partition("=")[0].split("."):
         value_read = getattr(value_read, name)
     assert value_read == value and type(value_read) is type(value)
-    assert load_recipe(write(tmp_path, dump_recipe(recipe)), Recipe) == recipe
+    assert load_recipe(write(tmp_path, dump_recipe(recipe)), PretrainingRecipe) == recipe
 
 
 def test_last_override_wins():
-    assert load_recipe(QUICKSTART, Recipe, ["seed=1", "seed=2"]).seed == 2
+    assert load_recipe(QUICKSTART, PretrainingRecipe, ["seed=1", "seed=2"]).seed == 2
 
 
 def test_explicit_sizes_win_over_the_preset_of_the_same_file(tmp_path):
     text = (RECIPES / "mae_vit_base_patch16_imagenet.yaml").read_text(encoding="utf-8")
     path = write(tmp_path, text.replace("preset: vit_base", "preset: vit_tiny\n  depth: 3"))
-    model = load_recipe(path, Recipe).model
+    model = load_recipe(path, PretrainingRecipe).model
     assert (model.embed_dim, model.depth, model.num_heads) == (192, 3, 3)
 
 
 def test_preset_of_an_override_wins_over_the_sizes_of_the_file():
-    model = load_recipe(QUICKSTART, Recipe, ["model.preset=vit_small", "model.depth=2"]).model
+    model = load_recipe(
+        QUICKSTART, PretrainingRecipe, ["model.preset=vit_small", "model.depth=2"]
+    ).model
     assert (model.embed_dim, model.depth, model.num_heads) == (384, 2, 6)
 
 
@@ -96,7 +98,7 @@ def test_preset_of_an_override_wins_over_the_sizes_of_the_file():
     ],
 )
 def test_masking_is_filled_in_by_method_and_network(name, overrides, network, hidden_dim):
-    masking = load_recipe(name, Recipe, overrides).masking
+    masking = load_recipe(name, PretrainingRecipe, overrides).masking
     assert (masking.network, masking.hidden_dim) == (network, hidden_dim)
 
 
@@ -111,19 +113,21 @@ def test_masks_that_are_not_learned_have_no_such_key(key):
 
 def test_base_lr_fills_lr():
     level = load_recipe(
-        QUICKSTART, Recipe, ["mask.lr=null", "mask.base_lr=1e-3", "mask.batch_size=64"]
+        QUICKSTART, PretrainingRecipe, ["mask.lr=null", "mask.base_lr=1e-3", "mask.batch_size=64"]
     ).mask
     assert level is not None and level.lr == pytest.approx(2.5e-4)
 
 
 def test_base_lr_counts_views():
     overrides = ["pretrain.lr=null", "pretrain.base_lr=1e-3", "pretrain.batch_size=64"]
-    level = load_recipe("quickstart_mae", Recipe, [*overrides, "pretrain.num_views=2"]).pretrain
+    level = load_recipe(
+        "quickstart_mae", PretrainingRecipe, [*overrides, "pretrain.num_views=2"]
+    ).pretrain
     assert level.lr == pytest.approx(1e-3 * 2 * 64 / 256)
 
 
 def test_labels_are_those_of_the_images_unless_there_is_a_section_downstream():
-    recipe = load_recipe(QUICKSTART, Recipe)
+    recipe = load_recipe(QUICKSTART, PretrainingRecipe)
     labelled = recipe.labelled
     assert (labelled.task, labelled.train, labelled.num_classes) == (
         "classification",
@@ -131,7 +135,7 @@ def test_labels_are_those_of_the_images_unless_there_is_a_section_downstream():
         10,
     )
     section = "downstream={task: segmentation, train: scenes.beton, num_classes: 3}"
-    other = load_recipe(QUICKSTART, Recipe, ["data.num_classes=null", section])
+    other = load_recipe(QUICKSTART, PretrainingRecipe, ["data.num_classes=null", section])
     assert other.labelled == other.downstream and other.labelled.task == "segmentation"
     assert sorted(differing_keys(recipe, other)) == [
         "data.num_classes",
@@ -313,7 +317,7 @@ def test_unknown_recipe_names_the_nearest_shipped_one(tmp_path):
 
 
 def test_recipe_is_frozen():
-    recipe = load_recipe(QUICKSTART, Recipe)
+    recipe = load_recipe(QUICKSTART, PretrainingRecipe)
     with pytest.raises(ValidationError):
         recipe.pretrain.lr = 1.0  # type: ignore[misc]
 
@@ -332,11 +336,11 @@ def test_every_key_of_the_schema_is_explained():
             else:
                 yield f"{prefix}{name}", field.description
 
-    assert [key for key, text in keys(Recipe) if not text] == []
+    assert [key for key, text in keys(PretrainingRecipe) if not text] == []
 
 
 def test_differing_keys_skips_what_must_not_change_results():
-    recipe = load_recipe(QUICKSTART, Recipe)
+    recipe = load_recipe(QUICKSTART, PretrainingRecipe)
     neutral = [
         "output_dir=elsewhere",
         "data.num_workers=7",
@@ -344,9 +348,9 @@ def test_differing_keys_skips_what_must_not_change_results():
         "checkpoint.interval_epochs=1",
         "monitor.log_interval=3",
     ]
-    assert differing_keys(recipe, load_recipe(QUICKSTART, Recipe, neutral)) == []
+    assert differing_keys(recipe, load_recipe(QUICKSTART, PretrainingRecipe, neutral)) == []
     changed = ["seed=1", "mask.lr=0.5", "data.augmentation.flip=false", "data.train=b.beton"]
-    keys = differing_keys(recipe, load_recipe(QUICKSTART, Recipe, changed))
+    keys = differing_keys(recipe, load_recipe(QUICKSTART, PretrainingRecipe, changed))
     assert sorted(keys) == sorted(text.partition("=")[0] for text in changed)
     assert all(hasattr(recipe, key.split(".")[0]) for key in RESULT_NEUTRAL_KEYS)
 
@@ -369,7 +373,7 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_estimator_is_what_the_recipe_asks_for(name):
-    recipe = load_recipe(QUICKSTART, Recipe, ESTIMATORS[name])
+    recipe = load_recipe(QUICKSTART, PretrainingRecipe, ESTIMATORS[name])
     assert str(build_estimator(recipe.hypergradient)) == name
 
 

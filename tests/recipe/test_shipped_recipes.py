@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlomae.pretraining.networks import build_masking_network
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import differing_keys, load_recipe, read_values
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
@@ -67,7 +67,7 @@ def test_header_of_a_shipped_recipe_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("name", [n for n in PRETRAINING if "vit" in n and "tiny" not in n])
 def test_model_and_data_are_the_published_ones(name):
-    recipe = load_recipe(name, Recipe)
+    recipe = load_recipe(name, PretrainingRecipe)
     size = next(size for size in SIZES if f"vit_{size}_" in name)
     model, data = recipe.model, recipe.data
     assert (model.embed_dim, model.depth, model.num_heads, model.num_patches) == SIZES[size]
@@ -96,7 +96,7 @@ MLO_MAE = {
 
 @pytest.mark.parametrize("name", MLO_MAE_PUBLISHED)
 def test_mlo_mae_has_the_published_levels(name):
-    recipe = load_recipe(name, Recipe)
+    recipe = load_recipe(name, PretrainingRecipe)
     epochs, batch_size, *lrs, num_classes = MLO_MAE[name.rpartition("_")[2]]
     assert recipe.epochs == epochs
     assert recipe.model.trainable_positions
@@ -116,32 +116,32 @@ def test_cifar_makes_the_published_number_of_encoder_steps():
     # 200 named epochs of two steps per 128 of 40 000 images; the last batch of each is partial
     published = 125_200
     for method, num_images in (("mlo_mae", 40_000), ("mae", 50_000)):
-        recipe = load_recipe(f"{method}_vit_base_patch2_cifar10", Recipe)
+        recipe = load_recipe(f"{method}_vit_base_patch2_cifar10", PretrainingRecipe)
         steps = recipe.epochs * num_images / recipe.pretrain.batch_size
         assert steps == pytest.approx(published, rel=2e-3)
 
 
 def test_continued_pretraining_is_mlo_mae_from_weights():
-    recipe = load_recipe("mlo_mae_continued_vit_base_patch16_imagenet", Recipe)
-    other = load_recipe(B16, Recipe)
+    recipe = load_recipe("mlo_mae_continued_vit_base_patch16_imagenet", PretrainingRecipe)
+    other = load_recipe(B16, PretrainingRecipe)
     assert recipe.init_from[0].name == "mae_pretrain_vit_base_full.pth"
     assert set(differing_keys(recipe, other)) == {"epochs", "init_from", "pretrain.warmup_epochs"}
 
 
 @pytest.mark.parametrize("name", DOWNSTREAM)
 def test_labels_of_a_section_downstream(name):
-    recipe = load_recipe(name, Recipe)
+    recipe = load_recipe(name, PretrainingRecipe)
     assert (recipe.labelled.task, recipe.labelled.num_classes) == DOWNSTREAM[name]
     assert recipe.downstream is not None
     if "imagenet" in name:
-        keys = set(differing_keys(recipe, load_recipe(B16, Recipe)))
+        keys = set(differing_keys(recipe, load_recipe(B16, PretrainingRecipe)))
         batches = {"classifier.batch_size", "mask.batch_size", "data.num_classes"}
         assert {key for key in keys if not key.startswith("downstream")} == batches
 
 
 @pytest.mark.parametrize("name", MAE_PUBLISHED)
 def test_mae_has_the_published_level(name):
-    recipe = load_recipe(name, Recipe)
+    recipe = load_recipe(name, PretrainingRecipe)
     level = recipe.pretrain
     assert list(recipe.levels) == ["pretrain"]
     assert not recipe.model.trainable_positions
@@ -155,18 +155,18 @@ def test_mae_has_the_published_level(name):
 
 @pytest.mark.parametrize("name", TWO_VIEWS)
 def test_two_views_are_the_first_step_of_mae_ct(name):
-    recipe = load_recipe(name, Recipe)
+    recipe = load_recipe(name, PretrainingRecipe)
     level = recipe.pretrain
     assert (recipe.epochs, level.warmup_epochs) == (800, 20)
     assert (level.batch_size, level.num_views) == (1024, 2)
     assert level.lr == pytest.approx(1.2e-3)
     changed = {"epochs", "pretrain.warmup_epochs", "pretrain.batch_size", "pretrain.num_views"}
-    one_view = load_recipe(name.removesuffix("_two_views"), Recipe)
+    one_view = load_recipe(name.removesuffix("_two_views"), PretrainingRecipe)
     assert set(differing_keys(recipe, one_view)) <= changed | {"pretrain.lr"}
 
 
 def test_tutorial_has_the_tutorials_level():
-    recipe = load_recipe("mae_vit_base_patch16_imagenet_tutorial", Recipe)
+    recipe = load_recipe("mae_vit_base_patch16_imagenet_tutorial", PretrainingRecipe)
     level = recipe.pretrain
     assert (recipe.epochs, level.warmup_epochs) == (800, 40)
     assert (level.batch_size, level.gradient_accumulation_steps) == (2048, 4)
@@ -176,8 +176,8 @@ def test_tutorial_has_the_tutorials_level():
 
 def test_quickstart_compares_equal_pretrain_levels():
     learned, random = (
-        load_recipe("quickstart_mlo_mae", Recipe),
-        load_recipe("quickstart_mae", Recipe),
+        load_recipe("quickstart_mlo_mae", PretrainingRecipe),
+        load_recipe("quickstart_mae", PretrainingRecipe),
     )
     keys = {key.split(".")[0] for key in differing_keys(learned, random)}
     assert keys <= {"method", "epochs", "data", "masking", "pretrain", "classifier", "mask"}
@@ -190,7 +190,7 @@ def test_quickstart_compares_equal_pretrain_levels():
 
 @pytest.mark.parametrize("name", [n for n in PRETRAINING if n.startswith("mlo_mae")])
 def test_the_light_network_is_light_in_every_recipe(name):
-    recipe = load_recipe(name, Recipe, ["masking.network=light"])
+    recipe = load_recipe(name, PretrainingRecipe, ["masking.network=light"])
     with torch.device("meta"):
         network = build_masking_network(recipe)
     assert sum(p.numel() for p in network.parameters()) < 1_000_000

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlomae.errors import UserError
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from mlomae.training.deepspeed_config import (
     check_deepspeed_config,
@@ -18,15 +18,17 @@ CONFIGS = Path(__file__).parents[2] / "ds_configs"
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
-def recipe_with(*overrides: str) -> Recipe:
-    return load_recipe("quickstart_mlo_mae", Recipe, overrides)
+def recipe_with(*overrides: str) -> PretrainingRecipe:
+    return load_recipe("quickstart_mlo_mae", PretrainingRecipe, overrides)
 
 
-def complete(config: dict, recipe: Recipe, world_size: int = 1, level: str = "pretrain") -> dict:
+def complete(
+    config: dict, recipe: PretrainingRecipe, world_size: int = 1, level: str = "pretrain"
+) -> dict:
     return level_config(config, recipe.levels[level], level, world_size, "r.yaml", "d.json")
 
 
-def refusal(config: dict, recipe: Recipe, world_size: int = 1) -> str:
+def refusal(config: dict, recipe: PretrainingRecipe, world_size: int = 1) -> str:
     """Return the one sentence with which a JSON is refused for a recipe."""
     with pytest.raises(UserError) as caught:
         check_deepspeed_config(config, recipe, world_size, "r.yaml", "d.json")
@@ -201,7 +203,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("recipe", ["quickstart_mae", "quickstart_mlo_mae"])
 @pytest.mark.parametrize("what", UNSUPPORTED)
 def test_what_engines_cannot_do_exactly_is_refused(what, recipe):
-    sentence = refusal(UNSUPPORTED[what], load_recipe(recipe, Recipe))
+    sentence = refusal(UNSUPPORTED[what], load_recipe(recipe, PretrainingRecipe))
     assert f"{what} is not supported yet: " in sentence
     assert "remove it" in sentence or "instead" in sentence
 

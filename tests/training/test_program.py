@@ -125,11 +125,11 @@ def test_a_finished_run_leaves_no_engine_in_memory(outcomes):
 
 def test_a_recipe_of_another_kind_is_refused(module_setup, beton):
     from mlomae.errors import UserError
-    from mlomae.pretraining.recipe import Recipe
+    from mlomae.pretraining.recipe import PretrainingRecipe
     from mlomae.training.program import make_job
 
     with pytest.raises(UserError, match="method is toy, but must be mlo_mae or mae here"):
-        make_job(Recipe, recipe(module_setup.folder, beton), module_setup.config())
+        make_job(PretrainingRecipe, recipe(module_setup.folder, beton), module_setup.config())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from mlomae.checkpoint.folders import MASKING_FILE, MODEL_FILE
 from mlomae.commands.export.formats import ONNX_FILE, Exported, timm_architecture
 from mlomae.foreign.layouts import DECODER_NAMES
 from mlomae.models import MaskedAutoencoder
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.training.monitor import METRICS_FILE, read_metrics
 from mlomae.training.report import SUMMARY_FILE
 from mlomae.training.result import RESULT_FILE, table_row
@@ -211,7 +211,7 @@ def _results(measured: dict[str, Any]) -> list[str]:
     return [head + "\n".join(rows)] if rows else []
 
 
-def _licence(recipe: Recipe) -> str:
+def _licence(recipe: PretrainingRecipe) -> str:
     text = "The weights belong to whoever trained them, who chooses their licence."
     if not recipe.init_from:
         return text

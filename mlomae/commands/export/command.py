@@ -37,7 +37,7 @@ from mlomae.commands.export.formats import (
 )
 from mlomae.errors import UserError
 from mlomae.pretraining.networks import load_model
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import dump_recipe, load_recipe
 
 EXPORT_FILE = "export.json"
@@ -87,7 +87,7 @@ def _export(run: str | Path, format: str, output: str | Path | None) -> tuple[Ex
     # not resolved: a link is refused
     folder = Path(os.path.abspath(output or _default_folder(run, checkpoint) / format))
     _check_replaceable(folder)
-    check_format(format, load_recipe(checkpoint / RECIPE_FILE, Recipe))
+    check_format(format, load_recipe(checkpoint / RECIPE_FILE, PretrainingRecipe))
     model, recipe = load_model(checkpoint)
     exported = Exported(checkpoint, recipe, model)
     with _written_at_once(folder) as partial:

@@ -15,7 +15,7 @@ from mlomae.errors import UserError
 from mlomae.foreign.layouts import to_hugging_face, to_timm
 from mlomae.models import MaskedAutoencoder
 from mlomae.pretraining.networks import build_model, load_masking_network
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 
 ONNX_FILE = "model.onnx"
 TIMM_MODELS = {  # embed_dim, depth, num_heads, patch_size
@@ -34,11 +34,11 @@ class Exported:
     """What is exported."""
 
     checkpoint: Path
-    recipe: Recipe
+    recipe: PretrainingRecipe
     model: MaskedAutoencoder
 
 
-def check_format(format: str, recipe: Recipe) -> None:
+def check_format(format: str, recipe: PretrainingRecipe) -> None:
     """Refuse what a format cannot hold, before any weights are read.
 
     Raises:

@@ -21,7 +21,7 @@ from mlomae.commands.gradcheck.rows import NUM_CYCLES, Bench, Cost, Row, make_ro
 from mlomae.distributed.start import launched_world_size, report, set_up_logging, start_ranks
 from mlomae.errors import UserError
 from mlomae.pretraining.program import build_levels
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.randomness import hashed
 from mlomae.recipe import load_recipe
 from mlomae.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
@@ -70,7 +70,7 @@ def main(recipe: str, deepspeed_config: str | None, overrides: Sequence[str]) ->
             dist.destroy_process_group()
 
 
-def run(job: Job[Recipe], original: Recipe) -> int:
+def run(job: Job[PretrainingRecipe], original: PretrainingRecipe) -> int:
     """Measure and print. All ranks must call; rank 0 prints.
 
     Args:
@@ -107,8 +107,10 @@ def judge(row: Row, dtype: torch.dtype) -> tuple[str, bool]:
     return f"{start} {verdict} the bounds of {_name(dtype)}: {wanted}.", is_within
 
 
-def _job(name: str, config_name: str, overrides: Sequence[str]) -> tuple[Job[Recipe], Recipe]:
-    original = load_recipe(name, Recipe, overrides)
+def _job(
+    name: str, config_name: str, overrides: Sequence[str]
+) -> tuple[Job[PretrainingRecipe], PretrainingRecipe]:
+    original = load_recipe(name, PretrainingRecipe, overrides)
     if original.method != "mlo_mae":
         raise UserError(
             f"recipe {name}: method {original.method} has no hypergradient to check: "
@@ -147,7 +149,7 @@ class _Once(logging.Filter):
 
 
 def _print_header(
-    console: Console, job: Job[Recipe], original: Recipe, level: TrainingLevel
+    console: Console, job: Job[PretrainingRecipe], original: PretrainingRecipe, level: TrainingLevel
 ) -> None:
     stage = int(level.engine.zero_optimization_stage())
     num_ranks = dist.get_world_size()

@@ -21,7 +21,7 @@ from mlomae.models.mae import num_kept
 from mlomae.pretraining.mlo_mae import HEAD_LOSSES, UNLABELLED
 from mlomae.pretraining.networks import BUILDERS
 from mlomae.pretraining.program import losses_of
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.randomness import hashed
 from mlomae.recipe import ModelRecipe
 from mlomae.recipe.section import flatten
@@ -40,7 +40,7 @@ NamedTensors = dict[str, Tensor]
 Labelled = tuple[Tensor, Tensor]  # images [B, 3, H, W] and labels [B] or masks [B, H, W]
 
 
-def reduce_recipe(recipe: Recipe, world_size: int) -> Recipe:
+def reduce_recipe(recipe: PretrainingRecipe, world_size: int) -> PretrainingRecipe:
     """The same mathematics at a size that float64 can unroll in a moment.
 
     Kept: levels, optimizers, clipping, accumulation, steps per cycle, masking ratio, loss, dropout
@@ -56,10 +56,10 @@ def reduce_recipe(recipe: Recipe, world_size: int) -> Recipe:
         parts = world_size * level.gradient_accumulation_steps
         size = -(-min(level.batch_size, BATCH) // parts) * parts
         values[name] |= {"batch_size": size, "base_lr": None, "warmup_epochs": 0.0}
-    return Recipe.model_validate(values)
+    return PretrainingRecipe.model_validate(values)
 
 
-def _reduced_model(recipe: Recipe) -> dict[str, Any]:
+def _reduced_model(recipe: PretrainingRecipe) -> dict[str, Any]:
     model = recipe.model
     sizes = {key: min(getattr(model, key), most) for key, most in LARGEST.items()}
     width = sizes["num_heads"] * HEAD_WIDTH
@@ -84,7 +84,7 @@ def _side(model: ModelRecipe, mask_ratio: float) -> int:
     return longest
 
 
-def reduce_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+def reduce_config(config: dict[str, Any], recipe: PretrainingRecipe) -> dict[str, Any]:
     """A DeepSpeed JSON for a reduced recipe: its batches, and buckets no larger than the model."""
     batches = ("train_batch_size", "train_micro_batch_size_per_gpu")
     config = {key: value for key, value in config.items() if key not in batches}
@@ -96,7 +96,7 @@ def reduce_config(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     return config | {"zero_optimization": zero}
 
 
-def list_reductions(recipe: Recipe, reduced: Recipe) -> list[str]:
+def list_reductions(recipe: PretrainingRecipe, reduced: PretrainingRecipe) -> list[str]:
     """What differs, as `key old -> new`."""
     before = dict(flatten(recipe.model_dump()))
     after = dict(flatten(reduced.model_dump()))
@@ -108,7 +108,7 @@ def list_reductions(recipe: Recipe, reduced: Recipe) -> list[str]:
 class RandomBatches:
     """This rank's share of a cycle's random batches, which are the same for any number of ranks."""
 
-    def __init__(self, recipe: Recipe, cycle: int, device: torch.device) -> None:
+    def __init__(self, recipe: PretrainingRecipe, cycle: int, device: torch.device) -> None:
         self._recipe, self._device = recipe, device
         self._generator = torch.Generator().manual_seed(hashed(recipe.seed, cycle))
 
@@ -143,7 +143,7 @@ class Truth:
     engines': weights in compute precision, the optimizer's memory in float32.
     """
 
-    def __init__(self, recipe: Recipe, levels: Mapping[str, TrainingLevel]) -> None:
+    def __init__(self, recipe: PretrainingRecipe, levels: Mapping[str, TrainingLevel]) -> None:
         # A block that is computed again would not find the reference's weights.
         model = recipe.model.model_copy(update={"activation_checkpointing": False})
         self._recipe = recipe.model_copy(update={"model": model})
@@ -228,7 +228,7 @@ def _memory(level: TrainingLevel) -> dict[str, Any]:
 class _PretrainLoss:
     """The recipe's reconstruction loss, with the masks of the step that was taken."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: PretrainingRecipe) -> None:
         self.loss = losses_of(recipe)["pretrain"].loss
 
     def __call__(self, models: Models, batch: Any) -> Tensor:

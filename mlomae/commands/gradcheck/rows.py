@@ -16,7 +16,7 @@ from mlomae.hypergrad import Estimator, FiniteDifference, Hypergradient, Identit
 from mlomae.hypergrad.reference import cosine, relative_error
 from mlomae.pretraining.masks import MaskSchedule
 from mlomae.pretraining.mlo_mae import MloMaeProblem
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import HypergradientRecipe
 from mlomae.recipe.hypergradient import ESTIMATOR_KEYS, build_estimator
 from mlomae.training.engines import TrainingLevel
@@ -83,7 +83,7 @@ class Row:
         return statistics.median(self.cosines)
 
 
-def make_rows(recipe: Recipe) -> list[Row]:
+def make_rows(recipe: PretrainingRecipe) -> list[Row]:
     """Every estimator, exact ones first, and the recipe's where it is none of them."""
     recipe_section = recipe.hypergradient
     taken = {name: recipe.levels[name].steps_per_cycle for name in LOWER}
@@ -112,7 +112,7 @@ class Bench:
     The masking network takes no step, so that no row depends on those above it.
     """
 
-    def __init__(self, recipe: Recipe, levels: dict[str, TrainingLevel]) -> None:
+    def __init__(self, recipe: PretrainingRecipe, levels: dict[str, TrainingLevel]) -> None:
         self._recipe, self._levels = recipe, levels
         self._device: torch.device = levels["pretrain"].engine.device
         self._schedule = MaskSchedule.of(recipe, levels["pretrain"].total_steps)

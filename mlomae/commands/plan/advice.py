@@ -11,7 +11,7 @@ from mlomae.commands.plan.cycle import Cycle, simulate
 from mlomae.commands.plan.engines import offloads
 from mlomae.commands.plan.speed import Cluster
 from mlomae.errors import UserError
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.training.deepspeed_config import check_deepspeed_config
 
 _MAX_FACTOR = 64  # by which accumulation or the number of nodes may be raised
@@ -21,7 +21,7 @@ _MAX_FACTOR = 64  # by which accumulation or the number of nodes may be raised
 class Plan:
     """A recipe on a DeepSpeed JSON on a cluster."""
 
-    recipe: Recipe
+    recipe: PretrainingRecipe
     config: dict[str, Any]
     cluster: Cluster
 
@@ -43,7 +43,7 @@ class Plan:
         for part in sections:
             section = section.setdefault(part, {})
         section[name] = value
-        return replace(self, recipe=Recipe.model_validate(values))
+        return replace(self, recipe=PretrainingRecipe.model_validate(values))
 
     def with_zero(self, key: str, value: Any) -> "Plan":
         """Another value of the JSON's zero_optimization."""

@@ -21,7 +21,7 @@ from mlomae.commands.plan.cycle import Cycle
 from mlomae.commands.plan.hardware import GB, find_gpu
 from mlomae.commands.plan.speed import Cluster, Speed, expected_speed
 from mlomae.errors import UserError
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from mlomae.training.deepspeed_config import compute_dtype, load_deepspeed_config
 from mlomae.training.task import count_cycles
@@ -69,7 +69,7 @@ def main(request: PlanRequest) -> int:
 
 
 def read_plan(request: PlanRequest) -> Plan:
-    """Recipe, JSON and cluster.
+    """PretrainingRecipe, JSON and cluster.
 
     Raises:
         UserError: one of them is wrong.
@@ -79,7 +79,7 @@ def read_plan(request: PlanRequest) -> Plan:
             raise UserError(f"--{flag} is {value}: give a positive number")
     if not 0 < request.utilization <= 1:
         raise UserError(f"--utilization is {request.utilization}: give a share in (0, 1]")
-    recipe = load_recipe(request.recipe, Recipe, request.overrides)
+    recipe = load_recipe(request.recipe, PretrainingRecipe, request.overrides)
     config = load_deepspeed_config(request.deepspeed_config)
     if config.get("data_types", {}).get("grad_accum_dtype") is not None:
         raise UserError(
@@ -92,7 +92,7 @@ def read_plan(request: PlanRequest) -> Plan:
     return Plan(recipe, config, cluster)
 
 
-def count_images(recipe: Recipe, num_images: int | None) -> int | None:
+def count_images(recipe: PretrainingRecipe, num_images: int | None) -> int | None:
     """Images that the first level draws from; None when neither flag nor file says it.
 
     Args:

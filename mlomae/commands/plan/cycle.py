@@ -32,7 +32,7 @@ from mlomae.models.mae import num_kept
 from mlomae.pretraining.masks import MaskedBatch
 from mlomae.pretraining.networks import BUILDERS
 from mlomae.pretraining.program import losses_of
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import LevelRecipe
 from mlomae.recipe.hypergradient import build_estimator
 from mlomae.training.deepspeed_config import compute_dtype, level_config
@@ -69,7 +69,9 @@ class Cycle:
         return max(self.moments.values(), key=lambda moment: moment.total)
 
 
-def simulate(recipe: Recipe, deepspeed_config: Mapping[str, Any], world_size: int) -> Cycle:
+def simulate(
+    recipe: PretrainingRecipe, deepspeed_config: Mapping[str, Any], world_size: int
+) -> Cycle:
     """Run a cycle as rank 0 of so many; optimizers have their states from the beginning.
 
     Raises:
@@ -85,7 +87,7 @@ class _PlannedProblem:
     """The recipe's levels, and their cycle."""
 
     def __init__(
-        self, recipe: Recipe, config: Mapping[str, Any], world_size: int, ledger: Ledger
+        self, recipe: PretrainingRecipe, config: Mapping[str, Any], world_size: int, ledger: Ledger
     ) -> None:
         # Neither flash-attn nor a compiler runs here, and neither holds more or computes more.
         changes: dict[str, Any] = {"compile_blocks": False}

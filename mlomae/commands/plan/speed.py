@@ -6,7 +6,7 @@ import torch
 
 from mlomae.commands.plan.cycle import Cycle
 from mlomae.commands.plan.hardware import Gpu
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 
 _TIMES_MOVED = {"allreduce": 2}  # by a ring; all other collectives move a tensor once
 
@@ -82,7 +82,9 @@ class Speed:
         return self.drawn_per_cycle / fastest / self.cluster.nodes
 
 
-def expected_speed(recipe: Recipe, cycle: Cycle, cluster: Cluster, dtype: torch.dtype) -> Speed:
+def expected_speed(
+    recipe: PretrainingRecipe, cycle: Cycle, cluster: Cluster, dtype: torch.dtype
+) -> Speed:
     """Times of a recipe's cycle on a cluster."""
     peak = cluster.gpu.flops(dtype) * cluster.utilization
     moved = moved_bytes(cycle, cluster.world_size)

@@ -10,7 +10,7 @@ from mlomae.contrastive.programs import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import STEPS, MaeCtRecipe
 from mlomae.errors import UserError
 from mlomae.pretraining.program import PretrainingProgram
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import RunRecipe, find_recipe, load_recipe, read_values
 from mlomae.recipe.section import flatten
 from mlomae.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
@@ -61,7 +61,7 @@ def _runs(
     """The runs of a pretraining; those of evaluations belong to `eval`, which is not imported."""
     method = values.get("method")
     if method in ("mae", "mlo_mae"):
-        return [(load_recipe(name, Recipe, overrides), PretrainingProgram())]
+        return [(load_recipe(name, PretrainingRecipe, overrides), PretrainingProgram())]
     if method == "mae_ct":
         steps: MaeCtRecipe = load_recipe(name, MaeCtRecipe, overrides)  # type: ignore[type-var]
         return [(run, _STEP_PROGRAMS[step]()) for step, run in steps.runs().items()]

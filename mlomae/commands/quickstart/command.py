@@ -44,7 +44,7 @@ from mlomae.environment import describe_machine
 from mlomae.errors import UserError
 from mlomae.pretraining.networks import load_masking_network, load_model
 from mlomae.pretraining.pictures import mask_picture
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from mlomae.training.monitor import save_picture
 
@@ -122,8 +122,10 @@ def run_all(output: Path, data: Path | None, console: Console) -> None:
 
     overrides = [f"data.train={images.path}"]
     if data is not None:
-        overrides += user_data_overrides(load_recipe("quickstart_mlo_mae", Recipe), images)
-    recipe = load_recipe("quickstart_mlo_mae", Recipe, overrides)
+        overrides += user_data_overrides(
+            load_recipe("quickstart_mlo_mae", PretrainingRecipe), images
+        )
+    recipe = load_recipe("quickstart_mlo_mae", PretrainingRecipe, overrides)
     batch_size = recipe.pretrain.batch_size
     launch = plan_launch(batch_size)
     with quickstart.stage(f"Training MLO-MAE in {launch.num_processes} processes"):

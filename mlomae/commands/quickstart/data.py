@@ -11,7 +11,7 @@ from rich.progress import Progress
 from data_ffcv import BetonInfo, inspect_beton, split_by_class
 from data_ffcv.convert import convert
 from mlomae.errors import UserError
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 
 _ROOT = Path(__file__).resolve().parents[3]
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -108,7 +108,7 @@ def _convert_split(source: Source, split: str, folder: Path, console: Console) -
         )
 
 
-def user_data_overrides(recipe: Recipe, train: BetonInfo) -> list[str]:
+def user_data_overrides(recipe: PretrainingRecipe, train: BetonInfo) -> list[str]:
     """Fit the quickstart's MLO-MAE recipe to the user's images, with its number of steps.
 
     Raises:

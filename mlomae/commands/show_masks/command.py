@@ -25,7 +25,7 @@ from mlomae.pretraining.mae import baseline_scorer
 from mlomae.pretraining.masks import MaskSchedule
 from mlomae.pretraining.networks import load_masking_network, load_model
 from mlomae.pretraining.pictures import mask_picture
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.training.monitor import save_picture
 
 logger = logging.getLogger(__name__)
@@ -116,13 +116,13 @@ def read_images(paths: list[Path], image_size: tuple[int, int]) -> Iterator[np.n
         yield np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
 
 
-def normalise(images: np.ndarray, recipe: Recipe) -> Tensor:
+def normalise(images: np.ndarray, recipe: PretrainingRecipe) -> Tensor:
     """uint8 [B, height, width, 3] -> float32 [B, 3, height, width] by the recipe's mean and std."""
     mean, std = (torch.tensor(values) for values in (recipe.data.mean, recipe.data.std))
     return ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def _scorer(run: Path, recipe: Recipe, num_keep: int) -> Scorer:
+def _scorer(run: Path, recipe: PretrainingRecipe, num_keep: int) -> Scorer:
     if recipe.method == "mlo_mae":
         return load_masking_network(run)
     return baseline_scorer(recipe)(torch.Generator().manual_seed(recipe.seed), num_keep)

@@ -12,7 +12,7 @@ from mlomae.commands.plan.command import PlanRequest, main
 from mlomae.commands.plan.cycle import simulate
 from mlomae.commands.plan.hardware import GB, Gpu
 from mlomae.commands.plan.speed import Cluster, expected_speed, moved_bytes
-from mlomae.pretraining.recipe import Recipe
+from mlomae.pretraining.recipe import PretrainingRecipe
 
 MODEL = {
     "image_size": 32,
@@ -28,14 +28,14 @@ LEVEL = {"batch_size": 64, "lr": 1e-3}
 GPU = Gpu(80 * GB, 312e12, 19.5e12, 300 * GB)
 
 
-def recipe(method: str = "mae", **sections) -> Recipe:
+def recipe(method: str = "mae", **sections) -> PretrainingRecipe:
     names = ("pretrain",) if method == "mae" else ("pretrain", "classifier", "mask")
     data = {"train": "nowhere"} | ({} if method == "mae" else {"num_classes": 10})
     values = {"method": method, "output_dir": "x", "epochs": 2.0, "masking": {}, "data": data}
     values |= {"model": MODEL, **{name: LEVEL for name in names}}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
-    return Recipe.model_validate(values)
+    return PretrainingRecipe.model_validate(values)
 
 
 def config(stage: int, **zero) -> dict:
