@@ -1,6 +1,6 @@
 """MAE as one would write it in an evening: timm's blocks, PyTorch's AdamW, a loop."""
 
-import mlomae  # noqa: F401  mends torchvision's import, which timm's needs
+import mlomae  # noqa: F401  fixes torchvision's import, which timm's needs
 
 # isort: split
 import torch

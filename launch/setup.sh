@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Makes a bare Debian or Ubuntu machine ready: system libraries, .venv, pinned Python packages.
-# Source it, then call `setup_machine`. Every run mends what is missing; when nothing is, it only
+# Source it, then call `setup_machine`. Every run installs what is missing; when nothing is, it only
 # checks (under a second). The full log is .venv/setup.log.
 #
 #   PYTHON=python3.12   the interpreter that .venv is made from (default python3)
@@ -25,7 +25,7 @@ stage() {
   if ! "$@" >>"$MLOMAE_LOG" 2>&1 </dev/null; then
     printf 'failed\n'
     tail -n 30 "$MLOMAE_LOG" >&2
-    fail "'$title' failed for the reason above (all of it is in $MLOMAE_LOG): mend it and run again"
+    fail "'$title' failed for the reason above (all of it is in $MLOMAE_LOG): fix it and run again"
   fi
   printf '%d s\n' $((SECONDS - start))
 }

@@ -1,3 +1,3 @@
-"""Importing mlomae first mends an import of torchvision, and so of timm, on CPU builds of torch."""
+"""Importing mlomae first fixes an import of torchvision, and so of timm, on CPU builds of torch."""
 
 import mlomae  # noqa: F401

@@ -209,8 +209,8 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run without what a clock decides."""
+def metrics_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics of a run without what a clock decides."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     clocks = ("seconds", "images_per_second", "time/")
     return [

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import mlomae  # noqa: F401 - mends what timm's import of torchvision trips over
+import mlomae  # noqa: F401 - fixes what timm's import of torchvision trips over
 from data_ffcv import Augmentation, open_stream
 from data_ffcv.convert import convert
 from mlomae.pretraining import program as train  # noqa: F401

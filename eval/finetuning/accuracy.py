@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_ffcv import EvalLoader
+from mlomae.distributed.collectives import sum_over_ranks
 from mlomae.distributed.watchdog import mark
 from mlomae.models.precision import at_least_float32
 
@@ -44,9 +44,7 @@ def count_correct(
         sums[1] += F.cross_entropy(logits, labels, reduction="sum")
         for column, k in enumerate(topk, start=2):
             sums[column] += is_label[:, :k].sum()
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    num_images, loss, *correct = sums.tolist()
+    num_images, loss, *correct = sum_over_ranks(sums).tolist()
     names = ("accuracy" if k == 1 else f"top{k}_accuracy" for k in topk)
     accuracies = {name: count / num_images for name, count in zip(names, correct, strict=True)}
     return {**accuracies, "loss": loss / num_images, "num_images": int(num_images)}

@@ -110,7 +110,7 @@ class MonitorRecipe(Section):
     """What to watch; never changes results."""
 
     log_interval: PositiveInt = 10
-    """Cycles between two records."""
+    """Cycles between two rows of metrics."""
     eval_interval_epochs: PositiveFloat | None = None
     """Epochs between two evaluations on the test images; null evaluates only at the end."""
     picture_interval_epochs: PositiveFloat | None = None

@@ -1,4 +1,4 @@
-"""What a run tells: one record every few cycles, to metrics.jsonl and to TensorBoard alike."""
+"""What a run tells: one row every few cycles, to metrics.jsonl and to TensorBoard alike."""
 
 import json
 import math
@@ -19,12 +19,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mlomae.checkpoint.files import replace_text
 
-Record = dict[str, Any]
+MetricsRow = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
 
 
 class Meters:
-    """Sums since the last record, averaged over ranks when it is made."""
+    """Sums since the last row, averaged over ranks when it is made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -56,7 +56,7 @@ class Meters:
             torch.cuda.synchronize(self.device)
         self.add(name, time.perf_counter() - start)
 
-    def reduce(self) -> Record:
+    def reduce(self) -> MetricsRow:
         """Means over all ranks, and a fresh start. All ranks must call."""
         names = sorted(self._sums)
         table = torch.tensor([self._sums[n] for n in names], dtype=torch.float64)
@@ -65,22 +65,22 @@ class Meters:
         dist.all_reduce(flat)
         flat = flat.cpu()
         means = dict(zip(names, flat[: table.numel()].view(-1, 2), strict=True))
-        record: Record = {n: float(total / count) for n, (total, count) in means.items() if count}
+        row: MetricsRow = {n: float(total / count) for n, (total, count) in means.items() if count}
         if frequency.numel():
             steps = means["masking/num_steps"][1]
-            record["masking/frequency"] = (flat[table.numel() :] / steps).tolist()
-            record.pop("masking/num_steps")
+            row["masking/frequency"] = (flat[table.numel() :] / steps).tolist()
+            row.pop("masking/num_steps")
         self._sums.clear()
         self._frequency = None
-        return record
+        return row
 
 
 class Monitor:
-    """Writes records on the first rank, and is silent on the others.
+    """Writes rows on the first rank, and is silent on the others.
 
     Args:
         folder: the run's output_dir.
-        cycle: records of later cycles, left by a launch that was killed, are dropped.
+        cycle: rows of later cycles, left by a launch that was killed, are dropped.
         evaluated: those of evaluations after this cycle are, too.
         grid_size: rows and columns of `masking/frequency`; None for a square.
     """
@@ -101,17 +101,17 @@ class Monitor:
             self.file = (folder / METRICS_FILE).open("a")
             self.writer = SummaryWriter(str(folder), purge_step=cycle + 1, flush_secs=30)
 
-    def write(self, record: Record) -> None:
-        """Append one record; it must hold `cycle`."""
+    def write(self, row: MetricsRow) -> None:
+        """Append one row; it must hold `cycle`."""
         if self.writer is None:
             return
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for name, value in record.items():
+        for name, value in row.items():
             if isinstance(value, (int, float)) and name != "cycle":
-                self.writer.add_scalar(name, value, record["cycle"])
-        if frequency := record.get("masking/frequency"):
-            self.picture("masking/frequency", _heat_map(frequency, self.grid_size), record["cycle"])
+                self.writer.add_scalar(name, value, row["cycle"])
+        if frequency := row.get("masking/frequency"):
+            self.picture("masking/frequency", _heat_map(frequency, self.grid_size), row["cycle"])
 
     def picture(self, name: str, image: np.ndarray, cycle: int) -> None:
         """Show an image, uint8 [H, W, 3], in TensorBoard."""
@@ -132,26 +132,26 @@ class Monitor:
             self.writer.close()
 
 
-def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run, oldest first; a last line cut short by a kill is left out."""
-    records = []
+def read_metrics(folder: Path) -> list[MetricsRow]:
+    """The rows of a run, oldest first; a last line cut short by a kill is left out."""
+    rows = []
     for line in (folder / METRICS_FILE).read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError:
             break
-    return records
+    return rows
 
 
 def _drop_later_records(file: Path, cycle: int, evaluated: int) -> None:
     if not file.exists():
         return
     kept = [
-        record
-        for record in read_metrics(file.parent)
-        if record["cycle"] <= (cycle if "images_per_second" in record else evaluated)
+        row
+        for row in read_metrics(file.parent)
+        if row["cycle"] <= (cycle if "images_per_second" in row else evaluated)
     ]
-    replace_text(file, "".join(json.dumps(record) + "\n" for record in kept))
+    replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _heat_map(values: list[float], grid_size: tuple[int, int] | None, cell: int = 12) -> np.ndarray:

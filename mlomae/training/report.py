@@ -57,8 +57,8 @@ def write_report(
 
 
 def last_losses(folder: Path) -> dict[str, float]:
-    """Losses and online accuracies of a run's last record of training."""
-    records = [record for record in read_metrics(folder) if "seconds" in record]
+    """Losses and online accuracies of a run's last row of training."""
+    rows = [row for row in read_metrics(folder) if "seconds" in row]
     shown = ("/loss", "accuracy")
-    last = records[-1] if records else {}
+    last = rows[-1] if rows else {}
     return {name: value for name, value in last.items() if name.endswith(shown)}

@@ -31,10 +31,10 @@ class Task(ABC):
     Attributes:
         device: where the levels compute.
         streams: of training batches, by level; `open` fills it.
-        meters: sums since the last record.
+        meters: sums since the last row.
         num_cycles: of the whole run.
         images_per_cycle: of the first level, over all ranks.
-        grid_size: rows and columns of `masking/frequency`, where there is such a record.
+        grid_size: rows and columns of `masking/frequency`, where there is such a row.
     """
 
     grid_size: tuple[int, int] | None = None

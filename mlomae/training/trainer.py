@@ -1,4 +1,4 @@
-"""The training loop of every run: records, evaluations, pictures, checkpoints, clean stops."""
+"""The training loop of every run: rows, evaluations, pictures, checkpoints, clean stops."""
 
 import logging
 import signal
@@ -18,7 +18,7 @@ from mlomae.checkpoint.writer import Saving
 from mlomae.distributed.watchdog import mark
 from mlomae.recipe import RunRecipe
 from mlomae.training.engines import NonFiniteError
-from mlomae.training.monitor import Monitor, Record, save_picture
+from mlomae.training.monitor import MetricsRow, Monitor, save_picture
 from mlomae.training.report import write_report, write_result, write_summary
 from mlomae.training.task import Task
 
@@ -36,7 +36,7 @@ class Stopped(Exception):
 class Trainer:
     """Repeats a task's cycle until the recipe's epochs are over.
 
-    Records, evaluations, pictures, checkpoints and stops happen between cycles.
+    Rows of metrics, evaluations, pictures, checkpoints and stops happen between cycles.
 
     Args:
         task: standing at `progress`, its streams open.
@@ -49,7 +49,7 @@ class Trainer:
         self.output_dir = Path(recipe.output_dir)
         self._evaluation: dict[str, float] = {}
         self._started = time.perf_counter()
-        self._recorded = progress.cycle
+        self._cycle_of_last_row = progress.cycle
         self._stop_signal = 0
         self._saving: Saving | None = None
 
@@ -85,7 +85,7 @@ class Trainer:
             progress.cycle += 1
             stop = self._agree()
             is_last = progress.cycle == task.num_cycles
-            self._record(monitor, is_last=bool(stop) or is_last)
+            self._write_metrics(monitor, is_last=bool(stop) or is_last)
             bar.update(row, completed=progress.cycle, description=self._headline())
             is_saved = bool(stop) or self._is_due(self.recipe.checkpoint.interval_epochs)
             if is_saved:
@@ -113,28 +113,28 @@ class Trainer:
             self._evaluate(monitor)
         self.progress.evaluated = self.progress.cycle
 
-    def _record(self, monitor: Monitor, is_last: bool) -> None:
+    def _write_metrics(self, monitor: Monitor, is_last: bool) -> None:
         cycle = self.progress.cycle
         if cycle % self.recipe.monitor.log_interval and not is_last:
             return
         now = time.perf_counter()
         elapsed, self._started = now - self._started, now
         self.progress.seconds += elapsed
-        num_cycles, self._recorded = cycle - self._recorded, cycle
-        record: Record = {
+        num_cycles, self._cycle_of_last_row = cycle - self._cycle_of_last_row, cycle
+        row: MetricsRow = {
             "cycle": cycle,
             "epoch": cycle / self.task.cycles_per_epoch,
             "seconds": self.progress.seconds,
             "images_per_second": num_cycles * self.task.images_per_cycle / elapsed,
         }
         for name, level in self.task.levels.items():
-            record |= {
+            row |= {
                 f"{name}/step": level.num_steps_done,
                 f"{name}/num_skipped": level.num_skipped,
             }
-        record |= self.task.meters.reduce()
-        monitor.write(record)
-        logger.info("%s", _one_line(record))
+        row |= self.task.meters.reduce()
+        monitor.write(row)
+        logger.info("%s", _one_line(row))
 
     def _picture(self, monitor: Monitor) -> None:
         """Draw on the first rank; all ranks run the forward passes, for ZeRO-3 gathers in them."""
@@ -150,7 +150,7 @@ class Trainer:
         if not self._evaluation:
             return
         cycle = self.progress.cycle
-        place: Record = {"cycle": cycle, "epoch": cycle / self.task.cycles_per_epoch}
+        place: MetricsRow = {"cycle": cycle, "epoch": cycle / self.task.cycles_per_epoch}
         monitor.write(place | self._evaluation)
         values = [f"{name} {value:.4g}" for name, value in self._evaluation.items()]
         logger.info("cycle %d  epoch %.2f  %s", cycle, place["epoch"], "  ".join(values))
@@ -259,10 +259,10 @@ def _progress_bar() -> Progress:
     return Progress(*columns, disable=dist.get_rank() != 0, transient=True)
 
 
-def _one_line(record: Record) -> str:
-    shown = [n for n in record if n.endswith(("/loss", "/hypergradient_norm"))]
-    values = [f"{name} {record[name]:.4g}" for name in shown]
+def _one_line(row: MetricsRow) -> str:
+    shown = [n for n in row if n.endswith(("/loss", "/hypergradient_norm"))]
+    values = [f"{name} {row[name]:.4g}" for name in shown]
     return (
-        f"cycle {record['cycle']}  epoch {record['epoch']:.2f}  {'  '.join(values)}  "
-        f"{record['images_per_second']:.0f} images/s"
+        f"cycle {row['cycle']}  epoch {row['epoch']:.2f}  {'  '.join(values)}  "
+        f"{row['images_per_second']:.0f} images/s"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import run_ranks
-from tests.runs import Setup, checkpoints, contents, mounted_tmpfs, records
+from tests.runs import Setup, checkpoints, contents, metrics_rows, mounted_tmpfs
 
 EVERY_CYCLE = "checkpoint.interval_epochs=0.4"  # 2 steps each, 8 in all
 KEEP_ALL = "checkpoint.keep=9"
@@ -142,7 +142,7 @@ def test_records_after_the_checkpoint_are_dropped_with_what_they_tell_of(
     assert "step_00000099.tmp: its writing was cut short" in outcomes["killed"][0][1]
     killed, kept = setup.folder / "killed", setup.folder / "kept"
     assert checkpoints(killed) == ["latest", "step_00000006", "step_00000008"]
-    assert records(killed) == records(kept)
+    assert metrics_rows(killed) == metrics_rows(kept)
     newest = "checkpoints/step_00000008"
     # keep and interval stand in recipe.yaml, which is not a tensor file
     assert contents(killed / newest) == contents(kept / newest)
@@ -151,7 +151,7 @@ def test_records_after_the_checkpoint_are_dropped_with_what_they_tell_of(
 def test_a_run_without_checkpoint_starts_again(outcomes: Any, setup: Setup) -> None:
     assert codes(outcomes["unsaved"]) == [0, 0]
     assert "starting from scratch" in outcomes["unsaved"][0][1]
-    assert records(setup.folder / "unsaved") == records(setup.folder / "kept")
+    assert metrics_rows(setup.folder / "unsaved") == metrics_rows(setup.folder / "kept")
 
 
 @pytest.mark.parametrize(("stage", "rank", "files"), FULL)

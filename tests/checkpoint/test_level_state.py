@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.checkpoint.reshard_cases import CASES, NUM_STEPS
 from tests.ranks import run_ranks
-from tests.runs import NUM_IMAGES, Setup, records
+from tests.runs import NUM_IMAGES, Setup, metrics_rows
 from tests.training.test_program import recipe as toy_recipe
 
 NUM_CYCLES = 2 * (NUM_IMAGES // 16)  # of the toy
@@ -112,7 +112,7 @@ def test_no_image_is_lost_or_seen_twice(
 def test_the_losses_go_on(outcomes: Any, module_setup: Setup, world_size: int) -> None:
     """Masks and dropout are drawn anew, so they agree as two seeds do, and the rates exactly."""
     whole, other = (
-        records(module_setup.folder / f"mlo_{run}") for run in ("whole", f"to_{world_size}")
+        metrics_rows(module_setup.folder / f"mlo_{run}") for run in ("whole", f"to_{world_size}")
     )
     assert [r["cycle"] for r in whole] == [r["cycle"] for r in other]
     assert (whole[:2] == other[:2]) == (world_size == 1)  # begun by two ranks, as the whole one

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tests.contrastive.runs import NUM_STEPS, Setup
 from tests.ranks import run_ranks
-from tests.runs import checkpoints, contents, records
+from tests.runs import checkpoints, contents, metrics_rows
 
 LAST = f"checkpoints/step_{NUM_STEPS:08d}"
 STAGES = (0, 1, 2, 3)
@@ -66,7 +66,7 @@ def test_all_steps_end(runs: Any) -> None:
 @pytest.mark.parametrize("step", ["head", "tune"])
 def test_stages_and_layouts_of_the_queue_agree(runs: Any, step: str, other: str) -> None:
     folder, _ = runs
-    expected, found = (records(folder / run / step) for run in ("zero0", other))
+    expected, found = (metrics_rows(folder / run / step) for run in ("zero0", other))
     assert len(found) == len(expected) == NUM_STEPS
     for one, two in zip(expected, found, strict=True):
         for key in (f"{step}/loss", f"{step}/grad_norm", f"{step}/nearest_neighbor_accuracy"):
@@ -88,7 +88,7 @@ def test_resuming_changes_no_bit(runs: Any, stage: int, step: str) -> None:
     if step == "tune":
         assert any("/average/encoder." in name for name in expected)
     assert found == expected
-    assert records(halves) == records(whole)
+    assert metrics_rows(halves) == metrics_rows(whole)
 
 
 def test_resuming_a_queue_in_parts_changes_no_bit(runs: Any) -> None:
@@ -146,6 +146,6 @@ def test_a_head_file_holds_projectors_and_queue(runs: Any, run: str) -> None:
 def test_half_precision_trains(runs: Any) -> None:
     folder, _ = runs
     for step in ("head", "tune"):
-        expected, found = (records(folder / run / step) for run in ("zero3", "bf16"))
+        expected, found = (metrics_rows(folder / run / step) for run in ("zero3", "bf16"))
         for one, two in zip(expected, found, strict=True):
             assert two[f"{step}/loss"] == pytest.approx(one[f"{step}/loss"], rel=0.2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.ranks import Fault, Launch, launched
-from tests.runs import Setup, contents, records
+from tests.runs import Setup, contents, metrics_rows
 
 NUM_CYCLES, STEPS_PER_CYCLE = 6, 2
 SAVING = ("checkpoint.interval_epochs=0.5", "checkpoint.keep=3")  # an epoch has two cycles
@@ -57,13 +57,15 @@ class Runs:
         return self.folder / run
 
     def assert_equal(self, run: str, stage: int = 2, num_cycles: int = NUM_CYCLES) -> None:
-        """The run has ended with the bits and records of one that nothing befell."""
+        """The run has ended with the bits and metrics of one that nothing befell."""
         whole, newest = self.undisturbed(stage, num_cycles), step_name(num_cycles)
         found = contents(self.folder / run / "checkpoints" / newest)
         assert len(found) > 100
         assert found == contents(whole / "checkpoints" / newest)
-        assert [r["cycle"] for r in records(self.folder / run)] == list(range(1, num_cycles + 1))
-        assert records(self.folder / run) == records(whole)
+        assert [r["cycle"] for r in metrics_rows(self.folder / run)] == list(
+            range(1, num_cycles + 1)
+        )
+        assert metrics_rows(self.folder / run) == metrics_rows(whole)
         assert (self.folder / run / "summary.json").exists()
         assert not list((self.folder / run / "checkpoints").glob("*.tmp"))
 

@@ -21,7 +21,7 @@ from mlomae.pretraining.networks import load_masking_network, load_model
 from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from tests.ranks import free_port
-from tests.runs import Setup, checkpoints, records, tree
+from tests.runs import Setup, checkpoints, metrics_rows, tree
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RANKS = 2
@@ -136,7 +136,7 @@ def test_resume_finishes_what_was_interrupted(
 ) -> None:
     run, output = finished
     assert f"resumed from {run}/checkpoints/{interrupted[2][1]}" in output
-    assert [record["cycle"] for record in records(run)] == list(range(1, 25))
+    assert [record["cycle"] for record in metrics_rows(run)] == list(range(1, 25))
     assert "Traceback" not in output
 
 
@@ -174,7 +174,7 @@ def test_tensorboard_shows_the_same_numbers(finished: tuple[Path, str]) -> None:
     board = EventAccumulator(str(finished[0]))
     board.Reload()
     shown = {tag: {e.step: e.value for e in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
-    for record in records(finished[0]):
+    for record in metrics_rows(finished[0]):
         for key, value in record.items():
             if key not in ("cycle", FREQUENCY):
                 assert shown[key][record["cycle"]] == pytest.approx(value, rel=1e-6), key

@@ -9,7 +9,7 @@ import pytest
 
 from tests.multinode.launches import Cluster
 from tests.ranks import ROOT
-from tests.runs import records
+from tests.runs import metrics_rows
 
 MISSING = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(tool)]
 pytestmark = [
@@ -71,7 +71,7 @@ def test_a_preempted_job_saves_and_goes_on(cluster: Cluster) -> None:
     assert outcome == "outcome JobState=COMPLETED Restarts=1 ExitCode=0:0", log
     assert "slurm.sh: exit code 143: queued again" in log and "resumed from" in log
     run: Path = cluster.folder / "preempted"
-    assert [record["cycle"] for record in records(run)] == list(range(1, 9))
+    assert [record["cycle"] for record in metrics_rows(run)] == list(range(1, 9))
 
 
 def test_a_cancelled_job_saves_and_ends(cluster: Cluster) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.ranks import launched
 from tests.multinode.launches import ENVIRONMENT, Cluster, Launch
 from tests.ranks import ROOT
-from tests.runs import contents, records
+from tests.runs import contents, metrics_rows
 
 pytestmark = pytest.mark.timeout(600)
 NUM_CYCLES = 8
@@ -42,8 +42,8 @@ def finish(cluster: Cluster, slots: int, arguments: list[str]) -> str:
 def assert_equal(run: Path, reference: Path) -> None:
     """Metrics without clocks, and every bit of weights and optimizers."""
     newest = f"checkpoints/step_{2 * NUM_CYCLES:08d}"
-    assert [record["cycle"] for record in records(run)] == list(range(1, NUM_CYCLES + 1))
-    assert records(run) == records(reference)
+    assert [record["cycle"] for record in metrics_rows(run)] == list(range(1, NUM_CYCLES + 1))
+    assert metrics_rows(run) == metrics_rows(reference)
     assert len(contents(run / newest)) > 100
     assert contents(run / newest) == contents(reference / newest)
 

@@ -25,7 +25,7 @@ from mlomae.recipe import load_recipe
 from mlomae.training.program import check_job, make_job
 from tests.pretraining.test_bad_input import refused  # noqa: F401
 from tests.ranks import run_ranks
-from tests.runs import Setup, contents, drive, records
+from tests.runs import Setup, contents, drive, metrics_rows
 
 # As many classes as fill both ranks' shards: ZeRO-3 leaves what pads them uninitialised.
 NUM_SCENES, NUM_CLASSES = 60, 4
@@ -131,14 +131,14 @@ def test_resuming_changes_no_bit(outcomes: Any, module_setup: Setup, kind: str) 
     expected = contents(whole / LAST)
     assert len(expected) > 100 or kind.startswith("views")
     assert contents(halves / LAST) == expected
-    assert records(halves) == records(whole)
+    assert metrics_rows(halves) == metrics_rows(whole)
     assert (halves / "masks.png").read_bytes() == (whole / "masks.png").read_bytes()
 
 
 def test_segmentation_is_learned(outcomes: Any, module_setup: Setup) -> None:
     """On squares whose colour is their class, with masks that the encoder's images have, too."""
     assert [rank[-1][0] for rank in outcomes] == [0, 0]
-    losses = [record["mask/loss"] for record in records(module_setup.folder / "learning")]
+    losses = [record["mask/loss"] for record in metrics_rows(module_setup.folder / "learning")]
     assert losses[0] > 1.1  # about log 4
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
 

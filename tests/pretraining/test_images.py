@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
-from tests.runs import Setup, checkpoints, records
+from tests.runs import Setup, checkpoints, metrics_rows
 
 VIVID = [
     "mask.augmentation.kind=random_resized_crop",
@@ -43,7 +43,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_same_run(run: Path, other: Path) -> None:
     ours, theirs = weights(run), weights(other)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert records(run) == records(other)
+    assert metrics_rows(run) == metrics_rows(other)
 
 
 def test_backend_and_folder_change_no_bit(codes: dict[str, int], module_setup: Setup) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
-from tests.runs import Setup, contents, records
+from tests.runs import Setup, contents, metrics_rows
 
 LAST = "step_00000008"
 MASKING = [
@@ -65,7 +65,7 @@ def test_resuming_changes_no_bit_and_needs_no_initial_weights(
     found, expected = (contents(run / "checkpoints" / LAST) for run in (halves, whole))
     assert len(expected) > 300
     assert found == expected
-    assert records(halves) == records(whole)
+    assert metrics_rows(halves) == metrics_rows(whole)
 
 
 def test_pictures_change_nothing_where_paths_are_dropped(codes: Any, module_setup: Setup) -> None:
@@ -76,7 +76,7 @@ def test_pictures_change_nothing_where_paths_are_dropped(codes: Any, module_setu
 
 def test_block_masks_follow_the_ratio(codes: Any, module_setup: Setup) -> None:
     assert codes["blocks"] == 0
-    frequencies = [r["masking/frequency"] for r in records(module_setup.folder / "blocks")]
+    frequencies = [r["masking/frequency"] for r in metrics_rows(module_setup.folder / "blocks")]
     hidden = [sum(frequency) for frequency in frequencies]
     # of 16 patches, in 8 steps from 0.75 to 0.5, two of them in each record
     ratios = [0.75 - 0.25 * step / 7 for step in range(8)]

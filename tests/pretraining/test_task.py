@@ -9,7 +9,7 @@ from tests.runs import Setup
 
 
 def cycles(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two cycles of each launch's task: steps by level, records, files of weights, pictures."""
+    """Two cycles of each launch's task: steps by level, metrics, files of weights, pictures."""
     from contextlib import ExitStack
 
     from mlomae.pretraining.program import PretrainingProgram

@@ -1,4 +1,4 @@
-"""Meters over steps and ranks; records in metrics.jsonl and in TensorBoard."""
+"""Meters over steps and ranks; rows in metrics.jsonl and in TensorBoard."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlomae.training import monitor
-from mlomae.training.monitor import METRICS_FILE, Meters, Monitor, Record, read_metrics
+from mlomae.training.monitor import METRICS_FILE, Meters, MetricsRow, Monitor, read_metrics
 from tests.ranks import run_ranks
 
 
@@ -37,24 +37,24 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
     return {(t, e.step): e.value for t in found.Tags()["scalars"] for e in found.Scalars(t)}
 
 
-def shown(records: list[Record]) -> dict[tuple[str, int], float]:
-    """What TensorBoard, which keeps float32, ought to show of records."""
+def shown(rows: list[MetricsRow]) -> dict[tuple[str, int], float]:
+    """What TensorBoard, which keeps float32, ought to show of rows."""
     return {
-        (name, record["cycle"]): float(np.float32(value))
-        for record in records
-        for name, value in record.items()
+        (name, row["cycle"]): float(np.float32(value))
+        for row in rows
+        for name, value in row.items()
         if name not in ("cycle", "masking/frequency")
     }
 
 
-def a_record(cycle: int) -> Record:
+def a_row(cycle: int) -> MetricsRow:
     return {"cycle": cycle, "epoch": cycle / 7, "pretrain/loss": 1 / cycle, "pretrain/step": cycle}
 
 
 # --- meters ----------------------------------------------------------------------------------
 
 
-def on_a_rank(runs: Path) -> list[Record]:
+def on_a_rank(runs: Path) -> list[MetricsRow]:
     """What a rank counts; the first rank counts 0, the second 1."""
     rank = dist.get_rank()
     meters = Meters(torch.device("cpu"))
@@ -66,13 +66,13 @@ def on_a_rank(runs: Path) -> list[Record]:
         meters.add("bad at one step", (math.nan, 2.0 + rank)[step])
         frequency = torch.tensor([[0.0, 1.0, 0.5, 1.0], [1.0, 1.0, 0.25, 0.0]][rank])
         meters.add_mask_frequency(frequency * step)
-    records = [meters.reduce()]
+    rows = [meters.reduce()]
     meters.add("fresh", rank)
-    records.append(meters.reduce())
+    rows.append(meters.reduce())
     with Monitor(runs / f"rank{rank}", cycle=0) as written:
-        written.write({"cycle": 1, **records[0]})
+        written.write({"cycle": 1, **rows[0]})
         written.picture("masks", np.zeros((4, 4, 3), np.uint8), 1)
-    return records
+    return rows
 
 
 def test_meters_average_over_ranks_and_steps(tmp_path):
@@ -81,15 +81,15 @@ def test_meters_average_over_ranks_and_steps(tmp_path):
         "tests.training.test_monitor:on_a_rank", 2, tmp_path / "ranks", timeout=60, runs=tmp_path
     )
     assert first == second
-    record, fresh = first
-    assert record == {
+    row, fresh = first
+    assert row == {
         "uneven": 3.0,
         "bad on the first rank alone": 5.0,
         "bad at one step": 2.5,
         "masking/frequency": [0.25, 0.5, 0.1875, 0.25],
     }
     assert fresh == {"fresh": 0.5}
-    assert read_metrics(tmp_path / "rank0") == [{"cycle": 1, **record}]
+    assert read_metrics(tmp_path / "rank0") == [{"cycle": 1, **row}]
     assert not (tmp_path / "rank1").exists()
 
 
@@ -104,17 +104,17 @@ def test_timed_counts_the_seconds_of_a_phase(monkeypatch):
     assert meters.reduce() == {"time/mask_step": 2.0}
 
 
-# --- records ---------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("alone")
 def test_one_record_feeds_both_files(tmp_path):
     frequency = [0.0, 0.2, 0.8, 1.0]
-    records = [a_record(c) | {"masking/frequency": frequency} for c in (10, 20, 25)]
+    rows = [a_row(c) | {"masking/frequency": frequency} for c in (10, 20, 25)]
     with Monitor(tmp_path, cycle=0) as written:
-        for record in records:
-            written.write(record)
-        assert read_metrics(tmp_path) == records  # before the end, for a killed run to keep
+        for row in rows:
+            written.write(row)
+        assert read_metrics(tmp_path) == rows  # before the end, for a killed run to keep
 
     found = scalars(tmp_path)
     assert found == shown(read_metrics(tmp_path)) and len(found) == 9
@@ -141,16 +141,16 @@ def test_a_picture_is_shown_as_it_is(tmp_path):
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path, tail):
     with Monitor(tmp_path, cycle=0) as written:
         for cycle in (10, 20, 30):
-            written.write(a_record(cycle))
+            written.write(a_row(cycle))
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write(tail)
 
-    again = [a_record(cycle) for cycle in (40, 60)]  # another log_interval: no record at 30
+    again = [a_row(cycle) for cycle in (40, 60)]  # another log_interval: no row at 30
     time.sleep(1.01)  # TensorBoard orders files by the second in their names
     with Monitor(tmp_path, cycle=20) as written:
-        for record in again:
-            written.write(record)
-    expected = [a_record(10), a_record(20), *again]
+        for row in again:
+            written.write(row)
+    expected = [a_row(10), a_row(20), *again]
     assert read_metrics(tmp_path) == expected
     assert scalars(tmp_path) == shown(expected)
     assert [path.name for path in tmp_path.glob("*.tmp")] == []
@@ -159,14 +159,14 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path, tail):
 @pytest.mark.usefixtures("alone")
 def test_what_was_written_before_an_error_is_kept(tmp_path):
     with pytest.raises(RuntimeError, match="broke"), Monitor(tmp_path, cycle=0) as written:
-        written.write(a_record(10))
+        written.write(a_row(10))
         raise RuntimeError("it broke")
-    assert read_metrics(tmp_path) == [a_record(10)]
-    assert scalars(tmp_path) == shown([a_record(10)])
+    assert read_metrics(tmp_path) == [a_row(10)]
+    assert scalars(tmp_path) == shown([a_row(10)])
 
 
 @pytest.mark.parametrize("torn", ['{"cycle": 2, "epo', '{"cycle"', "{"])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
-    lines: list[Any] = [json.dumps(a_record(1)), torn]
+    lines: list[Any] = [json.dumps(a_row(1)), torn]
     (tmp_path / METRICS_FILE).write_text("\n".join(lines))
-    assert read_metrics(tmp_path) == [a_record(1)]
+    assert read_metrics(tmp_path) == [a_row(1)]

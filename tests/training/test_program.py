@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from tests.ranks import run_ranks
-from tests.runs import NUM_IMAGES, Setup, checkpoints, contents, records
+from tests.runs import NUM_IMAGES, Setup, checkpoints, contents, metrics_rows
 
 STAGES = (0, 3)
 NUM_CYCLES = 2 * (NUM_IMAGES // 16)
@@ -75,13 +75,13 @@ def test_a_resumed_run_has_every_bit_of_a_whole_one(outcomes, module_setup, stag
     assert {"own_00000.safetensors/seen", "own_00001.safetensors/seen"} < set(names)
     assert [ours[name] for name in names] == [theirs[name] for name in names]
     assert ours["own_00000.safetensors/seen"] != ours["own_00001.safetensors/seen"]
-    told = [[r for r in records(run) if "test/count" in r] for run in (whole, halves)]
+    told = [[r for r in metrics_rows(run) if "test/count" in r] for run in (whole, halves)]
     assert told[0] == told[1]
     assert [(r["cycle"], r["test/count"]) for r in told[0]] == [(5, 5.0), (10, 10.0)]
 
 
 def test_the_rate_rises_and_falls_in_a_line(outcomes, module_setup):
-    rates = [r["mean/lr"] for r in records(module_setup.folder / "whole0") if "mean/lr" in r]
+    rates = [r["mean/lr"] for r in metrics_rows(module_setup.folder / "whole0") if "mean/lr" in r]
     warmup, total = 2, NUM_CYCLES
     line = [(total - step) / (total - warmup) for step in range(warmup, total)]
     assert rates == pytest.approx([0.0, 0.025, *(0.05 * value for value in line)])
@@ -92,7 +92,7 @@ def test_result_report_and_picture_are_left(outcomes, module_setup):
     result = json.loads((folder / "result.json").read_text())
     assert (result["protocol"], result["test/count"], result["method"]) == ("toy", 10.0, "toy")
     page = (folder / "report.md").read_text()
-    last = [r["mean/loss"] for r in records(folder) if "mean/loss" in r][-1]
+    last = [r["mean/loss"] for r in metrics_rows(folder) if "mean/loss" in r][-1]
     assert f"| mean/loss | {last:.6g} |" in page
     assert "| protocol | toy |" in page and "| test/loss | 0.25 |" in page
     assert "--host localhost" in page and f"({NUM_IMAGES} for mean)" in page

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import run_ranks
-from tests.runs import Setup, checkpoints, contents, records
+from tests.runs import Setup, checkpoints, contents, metrics_rows
 
 NUM_CYCLES = 4  # in the recipes of `Setup`
 IMAGES_PER_CYCLE = 32
@@ -56,13 +56,13 @@ def test_resuming_changes_no_bit(outcomes: Any, module_setup: Setup, case: int) 
     assert len(expected) > 100
     assert contents(halves / "checkpoints" / f"step_{last:08d}") == expected
     assert contents(halves / "checkpoints" / f"step_{stopped:08d}") != expected
-    assert [record["cycle"] for record in records(whole)] == list(range(1, NUM_CYCLES + 1))
-    assert records(halves) == records(whole)
+    assert [record["cycle"] for record in metrics_rows(whole)] == list(range(1, NUM_CYCLES + 1))
+    assert metrics_rows(halves) == metrics_rows(whole)
     assert (halves / "masks.png").read_bytes() == (whole / "masks.png").read_bytes()
 
 
 def test_a_record_says_what_it_averages(outcomes: Any, module_setup: Setup) -> None:
-    """Stopped between two records, the run writes one for what it has, and counts nothing twice."""
+    """Stopped between two rows of metrics, the run writes one for what it has, and counts nothing twice."""
     run = module_setup.folder / "sparse"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["cycle"] for line in lines] == [2, 3, 4]

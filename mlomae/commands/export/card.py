@@ -115,9 +115,9 @@ def read_measurements(checkpoint: Path) -> dict[str, Any]:
     steps = state.get("levels", {}).get("pretrain", {}).get("num_steps")
     if summary is not None and steps in (None, summary.get("pretrain_steps")):
         measured["summary"] = summary
-    records = read_metrics(run) if (run / METRICS_FILE).is_file() else []
-    if records := [record for record in records if record["cycle"] <= cycle]:
-        measured["last_record"] = records[-1]
+    rows = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    if rows := [row for row in rows if row["cycle"] <= cycle]:
+        measured["last_record"] = rows[-1]
     files = sorted((run / "eval").rglob(RESULT_FILE))
     results = {str(f.parent.relative_to(run / "eval")): _read_json(f) for f in files}
     evaluations = {name: r for name, r in results.items() if _is_of(checkpoint, r)}

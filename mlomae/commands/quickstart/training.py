@@ -139,12 +139,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _describe_progress(metrics: Path) -> str:
-    """The latest record of a run, in a line."""
+    """The latest row of a run, in a line."""
     try:
-        record = json.loads(metrics.read_text().splitlines()[-1])
+        row = json.loads(metrics.read_text().splitlines()[-1])
     except (OSError, IndexError, ValueError):
-        return "starting"  # no record yet, or one half written
+        return "starting"  # no row yet, or one half written
     return (
-        f"step {record['pretrain/step']}, loss {record['pretrain/loss']:.4f}, "
-        f"{record['images_per_second']:.0f} images/s"
+        f"step {row['pretrain/step']}, loss {row['pretrain/loss']:.4f}, "
+        f"{row['images_per_second']:.0f} images/s"
     )

@@ -26,7 +26,7 @@ from tests.eval.finetuning.runs import (
     last,
 )
 from tests.ranks import run_ranks
-from tests.runs import contents, records
+from tests.runs import contents, metrics_rows
 
 STAGES = (0, 2, 3)
 
@@ -59,11 +59,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> FinetuneSetup:
 
 
 def losses(run: Path) -> list[float]:
-    return [record["finetune/loss"] for record in records(run) if "finetune/loss" in record]
+    return [record["finetune/loss"] for record in metrics_rows(run) if "finetune/loss" in record]
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
-    return [record for record in records(run) if "test/accuracy" in record]
+    return [record for record in metrics_rows(run) if "test/accuracy" in record]
 
 
 # --- against a plain loop ----------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_resuming_changes_no_bit(runs: FinetuneSetup, stage: int) -> None:
     assert "model_ema.safetensors/pos_embed" in expected
     assert any("/average/pos_embed@" in name for name in expected)
     assert contents(last(halves)) == expected
-    assert records(halves) == records(whole)
+    assert metrics_rows(halves) == metrics_rows(whole)
     results = [json.loads((run / "result.json").read_text()) for run in (whole, halves)]
     for result in results:
         del result["seconds"], result["images_per_second"]

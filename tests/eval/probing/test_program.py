@@ -20,7 +20,7 @@ from mlomae.checkpoint.folders import find_checkpoint
 from mlomae.recipe import load_recipe
 from tests.eval.probing.runs import BATCH, EPOCHS, RATES, ProbeSetup, features_of, tiny_encoder
 from tests.ranks import run_ranks
-from tests.runs import contents, records
+from tests.runs import contents, metrics_rows
 
 NUM_STEPS = EPOCHS * 90 // BATCH
 PROTOCOLS = ("mae", "mae_ct", "held_out")
@@ -193,7 +193,7 @@ def test_resuming_changes_no_bit(setup, codes, run):
     expected = contents(find_checkpoint(whole))
     assert len(expected) > 10
     assert contents(find_checkpoint(halves)) == expected
-    assert records(halves) == records(whole)
+    assert metrics_rows(halves) == metrics_rows(whole)
     ours, theirs = result_of(setup, f"{run}/halves"), result_of(setup, f"{run}/whole")
     clocks = ("seconds", "images_per_second")
     assert {k: v for k, v in ours.items() if k not in clocks} == {
@@ -248,7 +248,7 @@ def test_mae_ct_reports_the_best_on_test_and_says_so(setup, codes):
     assert named == expected and max(expected) > 0.45
     seen = [
         (value, record["epoch"], float(name.rpartition("_")[2]))
-        for record in records(setup.folder / "one/mae_ct")
+        for record in metrics_rows(setup.folder / "one/mae_ct")
         for name, value in record.items()
         if name.startswith("test/accuracy_base_lr")
     ]
@@ -268,5 +268,9 @@ def test_held_out_chooses_without_the_test_images(setup, codes):
     on_test = accuracies(setup, "one/held_out", *read_test(setup), 1e-5)
     head = int(np.argmax(chosen_on))
     assert (result["base_lr"], result["accuracy"]) == (RATES[head], on_test[head])
-    met = [record for record in records(setup.folder / "one/held_out") if "test/accuracy" in record]
+    met = [
+        record
+        for record in metrics_rows(setup.folder / "one/held_out")
+        if "test/accuracy" in record
+    ]
     assert len(met) == 1 and met[0]["cycle"] == EPOCHS * (81 // BATCH)

@@ -27,7 +27,7 @@ from mlomae.models.upernet import UperNet
 from mlomae.recipe import load_recipe
 from tests.eval.segmentation.test_parts import random_maps, score_of, scores_of_a_part
 from tests.ranks import run_ranks
-from tests.runs import Setup, contents, drive, records
+from tests.runs import Setup, contents, drive, metrics_rows
 
 # Classes of an even number: ZeRO-3 pads odd parameters with whatever the memory held.
 NUM_CLASSES, NUM_IMAGES, NUM_TEST, NUM_STEPS = 4, 16, 5, 4
@@ -165,7 +165,7 @@ def train_and_evaluate(launches: list[Any], home: str) -> tuple[list[tuple[int, 
 
 
 def losses(run: Path) -> list[float]:
-    return [r["segmentation/loss"] for r in records(run) if "segmentation/loss" in r]
+    return [r["segmentation/loss"] for r in metrics_rows(run) if "segmentation/loss" in r]
 
 
 def last(run: Path) -> Path:
@@ -274,7 +274,7 @@ def test_numbers_are_those_of_the_saved_weights(runs: SegmentSetup) -> None:
     assert list(measured["IoU"].values()) == pytest.approx(iou.tolist(), abs=1e-6)
     assert measured["test/mIoU"] == pytest.approx(iou.mean())
     assert measured["num_test_images"] == NUM_TEST and measured["num_classes_left_out"] == 0
-    evaluations = [record for record in records(folder) if "test/mIoU" in record]
+    evaluations = [record for record in metrics_rows(folder) if "test/mIoU" in record]
     assert [record["cycle"] for record in evaluations] == [2, 4]
     assert "| IoU 2 |" in (folder / "report.md").read_text()
     assert Image.open(folder / "segmentation.png").size[0] > 3 * 18
@@ -340,7 +340,7 @@ def test_resuming_changes_no_bit(runs: SegmentSetup, stage: int) -> None:
     expected = contents(last(whole))
     assert "segmentation.safetensors/neck.0.1.running_mean" in expected
     assert contents(last(halves)) == expected
-    assert records(halves) == records(whole)
+    assert metrics_rows(halves) == metrics_rows(whole)
     results = [result(run) for run in (whole, halves)]
     for measured in results:
         del measured["seconds"], measured["images_per_second"]
