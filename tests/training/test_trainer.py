@@ -61,8 +61,8 @@ def test_resuming_changes_no_bit(outcomes: Any, module_setup: Setup, case: int) 
     assert (halves / "masks.png").read_bytes() == (whole / "masks.png").read_bytes()
 
 
-def test_a_record_says_what_it_averages(outcomes: Any, module_setup: Setup) -> None:
-    """Stopped between two rows of metrics, the run writes one for what it has, and counts nothing twice."""
+def test_a_row_says_what_it_averages(outcomes: Any, module_setup: Setup) -> None:
+    """Stopped between two rows, the run writes one for what it has, and counts nothing twice."""
     run = module_setup.folder / "sparse"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["cycle"] for line in lines] == [2, 3, 4]
