@@ -122,14 +122,10 @@ class Pretraining(Task):
 class MaePretraining(Pretraining):
     """Plain MAE: a cycle is k1 steps of `pretrain`."""
 
-    def __init__(
-        self,
-        recipe: PretrainingRecipe,
-        levels: dict[str, TrainingLevel],
-        images: dict[str, LevelImages],
-    ) -> None:
-        super().__init__(recipe, levels, images)
-        self.loss = cast(BaselineReconstruction, self.pretrain.loss)
+    @property
+    def loss(self) -> BaselineReconstruction:
+        """The loss of `pretrain`, which remembers its latest mask."""
+        return cast(BaselineReconstruction, self.pretrain.loss)
 
     def cycle(self) -> None:
         """Step as often as the recipe says."""
