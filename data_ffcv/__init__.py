@@ -18,6 +18,7 @@ is opened.
 from data_ffcv.beton.info import BetonInfo, inspect_beton
 from data_ffcv.errors import DataError
 from data_ffcv.pixels.augmentation import Augmentation
+from data_ffcv.pixels.scaling import normalise_images
 from data_ffcv.sources.folder_info import FolderInfo, ImagesInfo, inspect_images
 from data_ffcv.splits import shard_indices, split_by_class
 from data_ffcv.streams.loader import EvalLoader, Stream, open_eval_loader, open_stream
@@ -36,6 +37,7 @@ __all__ = [
     "choose_backend",
     "inspect_beton",
     "inspect_images",
+    "normalise_images",
     "open_eval_loader",
     "open_stream",
     "shard_indices",

@@ -28,8 +28,8 @@ from eval.frozen import cli, flags
 from eval.frozen.features import ImageSet, LabelledFeatures, class_labels
 from eval.frozen.kmeans import kmeans
 from eval.frozen.preprocess import Standardizer
-from eval.frozen.processes import sum_in_float64, tracked
-from mlomae.distributed.collectives import rank, world_size
+from eval.frozen.processes import tracked
+from mlomae.distributed.collectives import rank, sum_in_float64, world_size
 from mlomae.errors import UserError
 
 METRICS = ("accuracy", "nmi", "ami", "ari")

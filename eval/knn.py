@@ -21,8 +21,7 @@ from torch import Tensor
 from eval.frozen import cli, flags
 from eval.frozen.features import EncodedSets, ImageSets
 from eval.frozen.preprocess import Standardizer
-from eval.frozen.processes import sum_in_float64
-from mlomae.distributed.collectives import rank, world_size
+from mlomae.distributed.collectives import rank, sum_in_float64, world_size
 from mlomae.errors import UserError
 
 Weighting = Literal["exponential", "uniform"]

@@ -22,10 +22,10 @@ from torch import Tensor
 from eval.frozen import cli, flags
 from eval.frozen.features import EncodedSets, ImageSets, LabelledFeatures
 from eval.frozen.preprocess import centre_rows
-from eval.frozen.processes import sum_in_float64, tracked
+from eval.frozen.processes import tracked
 from eval.frozen.regression import fit_regression
 from eval.frozen.splits import draw_fraction, draw_per_class, read_lists
-from mlomae.distributed.collectives import rank, world_size
+from mlomae.distributed.collectives import rank, sum_in_float64, world_size
 from mlomae.errors import UserError
 
 _PROTOCOL = """

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from eval.frozen import cli, flags
 from eval.frozen.encoders import PRETRAINING, Encoder
 from eval.frozen.features import BATCH_SIZE, ImageSet
-from eval.frozen.processes import sum_in_float64, tracked
+from eval.frozen.processes import tracked
 from mlomae.checkpoint.folders import MASKING_FILE, RECIPE_FILE
-from mlomae.distributed.collectives import rank, world_size
+from mlomae.distributed.collectives import rank, sum_in_float64, world_size
 from mlomae.errors import UserError
 from mlomae.models import MaskedAutoencoder, Scorer, random_scores
 from mlomae.models.mae import num_kept

@@ -31,7 +31,7 @@ from tests.ranks import run_ranks
 from tests.runs import NUM_CLASSES, NUM_IMAGES, Setup
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("mlomae", "data_ffcv", "eval", "launch", "benchmarks", "examples")
+PACKAGES = ("mlomae", "data_ffcv", "eval", "launch", "benchmarks", "examples")
 
 
 class Attack:
@@ -221,9 +221,9 @@ def _about_call(name: str, call: ast.Call) -> Iterator[str]:
             yield f"{name} with {argument}"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_source_executes_what_comes_from_outside(room: str):
-    files = [*ROOT.glob(f"{room}/**/*.py")]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_source_executes_what_comes_from_outside(package: str):
+    files = [*ROOT.glob(f"{package}/**/*.py")]
     files = [file for file in files if not _is_hidden(file)]
     assert files
     found = {}
@@ -273,9 +273,9 @@ def test_the_loader_of_recipes_is_a_safe_one():
 
 def _texts() -> Iterator[Path]:
     yield from ROOT.glob("*.md")
-    for room in (*ROOMS, "docs", "ds_configs"):
+    for package in (*PACKAGES, "docs", "ds_configs"):
         for suffix in ("md", "py", "sh", "yaml"):
-            found = ROOT.glob(f"{room}/**/*.{suffix}")
+            found = ROOT.glob(f"{package}/**/*.{suffix}")
             yield from (file for file in found if not _is_hidden(file))
 
 

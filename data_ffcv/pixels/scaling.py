@@ -1,4 +1,4 @@
-"""Normalisation, as one product and one sum for each value."""
+"""Normalisation of pixels by mean and deviation; in streams, one product and one sum for each."""
 
 from collections.abc import Sequence
 
@@ -29,3 +29,11 @@ def normalise_tensor(pixels: torch.Tensor, scaling: DeviceScaling) -> torch.Tens
     planes = pixels.permute(0, 3, 1, 2)
     values = planes.to(torch.float32, memory_format=torch.contiguous_format)
     return values.mul_(factor).add_(shift)
+
+
+def normalise_images(
+    images: np.ndarray, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """Returns uint8 [..., height, width, 3] as float32 [..., 3, height, width]: a copy."""
+    means, deviations = (torch.tensor(values) for values in (mean, std))
+    return ((torch.from_numpy(images.copy()) / 255 - means) / deviations).movedim(-1, -3)

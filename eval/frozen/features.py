@@ -21,9 +21,9 @@ from data_ffcv import (
 )
 from data_ffcv.sources import open_source
 from eval.frozen.encoders import Encoder
-from eval.frozen.processes import all_agree, barrier, tracked
+from eval.frozen.processes import tracked
 from eval.frozen.store import Features, FeatureStore
-from mlomae.distributed.collectives import rank, world_size
+from mlomae.distributed.collectives import all_agree, barrier, rank, world_size
 from mlomae.distributed.watchdog import mark
 from mlomae.errors import UserError
 

@@ -5,12 +5,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from rich.progress import track
-from torch import Tensor
 
-from mlomae.distributed.collectives import rank, world_size
+from mlomae.distributed.collectives import rank
 
 T = TypeVar("T")
 
@@ -33,27 +31,6 @@ def joined() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait for all ranks. All ranks must call."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def sum_in_float64(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, float64 on the CPU. All ranks must call."""
-    values = values.double()
-    if dist.is_initialized():
-        on_cpu = dist.get_backend() == "gloo"
-        values = values.cpu() if on_cpu else values.cuda()
-        dist.all_reduce(values)
-    return values.cpu()
-
-
-def all_agree(here: bool) -> bool:
-    """Whether something holds on every rank. All ranks must call."""
-    return int(sum_in_float64(torch.tensor(float(here)))) == world_size()
 
 
 def tracked(work: Iterable[T], title: str) -> Iterable[T]:

@@ -1,6 +1,6 @@
 """A class for each pixel of an image of any size, by a network that is used to one crop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_ffcv import normalise_images
 from eval.segmentation.recipe import SegmentationRecipe
 from mlomae.models.upernet import resize
 
@@ -39,7 +40,7 @@ class Predictor:
         """uint8 [H, W, 3] -> class of each pixel, int64 [H, W], on the device."""
         recipe = self.recipe
         scaled = scale_image(image, recipe.inference.resize)
-        tensor = normalise(scaled, recipe.data.mean, recipe.data.std).to(self.device)
+        tensor = normalise_images(scaled, recipe.data.mean, recipe.data.std).to(self.device)
         if recipe.inference.mode == "slide":
             logits = slide(self.network, tensor, recipe.model.image_size, recipe.stride)
         else:
@@ -55,13 +56,6 @@ def scale_image(image: np.ndarray, shorter_side: int | None) -> np.ndarray:
     factor = shorter_side / min(height, width)
     size = (round(width * factor), round(height * factor))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-
-
-def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [H, W, 3] -> float32 [3, H, W]."""
-    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
-    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
-    return (pixels - shift) / scale
 
 
 def slide(network: Logits, image: Tensor, window: Pair, stride: Pair) -> Tensor:

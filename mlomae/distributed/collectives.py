@@ -63,11 +63,33 @@ def _all_reduced(tensor: Tensor) -> Tensor:
     return total
 
 
-def all_agree(condition: bool, device: torch.device) -> bool:
+def sum_in_float64(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, float64 on the CPU. All ranks must call."""
+    values = values.double()
+    if dist.is_initialized():
+        values = values.to(_device())
+        dist.all_reduce(values)
+    return values.cpu()
+
+
+def all_agree(condition: bool) -> bool:
     """Whether the condition holds on every rank. All ranks must call."""
-    flag = torch.tensor(int(condition), device=device)
+    if not dist.is_initialized():
+        return condition
+    flag = torch.tensor(int(condition), device=_device())
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
+
+
+def barrier() -> None:
+    """Wait for all ranks. All ranks must call."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _device() -> torch.device:
+    """Where the process group takes its tensors from."""
+    return torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")
 
 
 def gather_objects(value: T) -> list[T]:

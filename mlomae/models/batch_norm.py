@@ -99,6 +99,3 @@ class BatchNorm(nn.Module):
         self.running_mean.copy_(torch.where(is_finite, mean, self.running_mean))
         self.running_var.copy_(torch.where(is_finite, variance, self.running_var))
         self.num_batches_tracked += is_finite.any()
-
-
-GlobalBatchNorm = BatchNorm

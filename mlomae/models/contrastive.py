@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from mlomae.models.batch_norm import GlobalBatchNorm
+from mlomae.models.batch_norm import BatchNorm
 
 
 class Embedded(TypedDict):
@@ -39,17 +39,17 @@ class NnclrHead(nn.Module):
         super().__init__()
         self.projector = nn.Sequential(
             nn.Linear(embed_dim, projector_hidden_dim, bias=False),
-            GlobalBatchNorm(projector_hidden_dim),
+            BatchNorm(projector_hidden_dim),
             nn.ReLU(),
             nn.Linear(projector_hidden_dim, projector_hidden_dim, bias=False),
-            GlobalBatchNorm(projector_hidden_dim),
+            BatchNorm(projector_hidden_dim),
             nn.ReLU(),
             nn.Linear(projector_hidden_dim, projection_dim, bias=False),
-            GlobalBatchNorm(projection_dim),
+            BatchNorm(projection_dim),
         )
         self.predictor = nn.Sequential(
             nn.Linear(projection_dim, predictor_hidden_dim, bias=False),
-            GlobalBatchNorm(predictor_hidden_dim),
+            BatchNorm(predictor_hidden_dim),
             nn.ReLU(),
             nn.Linear(predictor_hidden_dim, projection_dim, bias=False),
         )

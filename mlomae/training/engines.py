@@ -106,7 +106,7 @@ class TrainingLevel(Level):
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.grad_norm = self.partition.gradient_norm()
         is_finite = math.isfinite(self.latest_loss) and math.isfinite(self.grad_norm)
-        if all_agree(is_finite, self.engine.device):
+        if all_agree(is_finite):
             self.num_skipped = 0
             super().apply()
             return

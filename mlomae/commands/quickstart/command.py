@@ -47,6 +47,7 @@ from mlomae.pretraining.pictures import mask_picture
 from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.recipe import load_recipe
 from mlomae.training.monitor import save_picture
+from mlomae.training.result import REPORT_FILE
 
 # k-NN and cached probe learn from these; encoding all 60 000 would take as long as training
 NUM_EVAL_TRAIN_IMAGES = 10_000
@@ -92,7 +93,7 @@ def claim(output: Path, data: Path | None) -> None:
     fix = "delete it, or choose another folder with --output"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if (output / "report.md").exists():
+        if (output / REPORT_FILE).exists():
             raise UserError(f"{output} holds a finished quickstart: {fix}")
         if marker.exists():
             if json.loads(marker.read_text())["images"] != images:
@@ -150,7 +151,7 @@ def run_all(output: Path, data: Path | None, console: Console) -> None:
         stage_seconds=quickstart.stage_seconds,
         machine=describe_machine(ROOT),
     )
-    (output / "report.md").write_text(render_report(facts), encoding="utf-8")
+    (output / REPORT_FILE).write_text(render_report(facts), encoding="utf-8")
 
 
 def evaluate(quickstart: Quickstart, train: BetonInfo, test: BetonInfo) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from mlomae.commands.quickstart.data import num_cores
 from mlomae.commands.quickstart.report import RunSummary
+from mlomae.training.monitor import METRICS_FILE
+from mlomae.training.report import SUMMARY_FILE
 
 ROOT = Path(__file__).resolve().parents[3]
 _POLL_SECONDS = 0.5
@@ -76,11 +78,11 @@ def train(command: list[str], run: Path, log: Path, launch: Launch, console: Con
     Raises:
         StageFailed: The command failed.
     """
-    summary = run / "summary.json"
+    summary = run / SUMMARY_FILE
     if not summary.exists():
         # Also without a checkpoint: it may have ended before its first.
         resume = ["--resume"] if (run / "recipe.yaml").exists() else []
-        metrics = run / "metrics.jsonl"
+        metrics = run / METRICS_FILE
         exit_code = run_logged([*command, *resume], launch.environment, log, metrics, console)
         # the launcher exits with 0 when its processes were killed, so the summary decides
         if not summary.exists():

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
+from data_ffcv import normalise_images
 from mlomae.checkpoint.folders import find_checkpoint
 from mlomae.distributed.start import report, set_up_logging
 from mlomae.errors import UserError
@@ -60,7 +60,7 @@ def draw(run: Path, folder: Path, file: Path, num_images: int) -> str:
     shown = list(islice(read_images(paths, model.image_size), num_images))
     if not shown:
         raise UserError(f"none of the {len(paths)} images in {folder} can be read: give another")
-    batch = normalise(np.stack(shown), recipe)
+    batch = normalise_images(np.stack(shown), recipe.data.mean, recipe.data.std)
     num_keep = num_kept(model.num_patches, MaskSchedule.of(recipe, 1).mask_ratio[1])
     with torch.no_grad():
         out = model(batch, scorer=_scorer(run, recipe, num_keep), num_keep=num_keep)
@@ -114,12 +114,6 @@ def read_images(paths: list[Path], image_size: tuple[int, int]) -> Iterator[np.n
             logger.warning("left out %s: it cannot be read (%s)", path, error)
             continue
         yield np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
-
-
-def normalise(images: np.ndarray, recipe: PretrainingRecipe) -> Tensor:
-    """uint8 [B, height, width, 3] -> float32 [B, 3, height, width] by the recipe's mean and std."""
-    mean, std = (torch.tensor(values) for values in (recipe.data.mean, recipe.data.std))
-    return ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def _scorer(run: Path, recipe: PretrainingRecipe, num_keep: int) -> Scorer:

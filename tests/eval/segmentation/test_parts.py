@@ -13,10 +13,10 @@ from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from data_ffcv import normalise_images
 from eval.segmentation.inference import (
     Predictor,
     argmax_at,
-    normalise,
     scale_image,
     slide,
     whole,
@@ -210,7 +210,7 @@ def test_images_are_scaled_in_their_own_aspect():
 
 def test_normalised_pixels():
     image = np.array([[[0, 51, 255]]], np.uint8)
-    pixels = normalise(image, (0.5, 0.2, 0.25), (0.5, 0.1, 0.25))
+    pixels = normalise_images(image, (0.5, 0.2, 0.25), (0.5, 0.1, 0.25))
     torch.testing.assert_close(pixels, torch.tensor([-1.0, 0.0, 3.0])[:, None, None])
 
 
