@@ -32,7 +32,7 @@ from mlomae.pretraining.masks import MaskSchedule
 from mlomae.pretraining.networks import load_masking_network
 from mlomae.pretraining.pictures import mask_picture
 from mlomae.pretraining.recipe import PretrainingRecipe
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 from mlomae.recipe import load_recipe
 from mlomae.training.monitor import save_picture
 
@@ -65,7 +65,7 @@ MakeScorer = Callable[[int], Scorer]
 
 def random_masks(seed: int) -> MakeScorer:
     """Uniform random masks, the same on any device and for any number of ranks."""
-    return lambda number: random_scores(torch.Generator().manual_seed(hashed(seed, number)))
+    return lambda number: random_scores(torch.Generator().manual_seed(derive_seed(seed, number)))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import sys
 COMMANDS = {
     "quickstart": "Train on small images, from data to a report, in minutes.",
     "gradcheck": "Check every hypergradient estimator against float64, on a reduced recipe.",
-    "plan": "Say what a run takes before it is paid for: memory, time, network, loaders.",
+    "plan": "Estimate a run before it starts: memory, time, communication, loader rate.",
     "preflight": "Check the hosts of a launch: ssh, packages, GPUs, data, folders, clocks, ports.",
     "export": "Write a run's weights as timm, Transformers or ONNX load them.",
     "show-masks": "Draw the masks of a run on your images.",

@@ -1,4 +1,4 @@
-"""The one exception a person at the keyboard is meant to read."""
+"""UserError: bad input, shown to the user as one sentence."""
 
 
 class UserError(ValueError):

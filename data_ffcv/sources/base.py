@@ -87,7 +87,7 @@ def read_classes(file: Path) -> tuple[str, ...]:
     words = [line.split()[0] for line in lines]
     if all(len(word) == 9 and word[0] == "n" and word[1:].isdigit() for word in words):
         lines = words
-    twice = find_twice(lines)
+    twice = find_duplicates(lines)
     if twice or not lines:
         fault = f"names {shorten(twice)} twice" if twice else "is empty"
         raise DataError(f"{file} {fault}; write every class name on a line of its own")
@@ -120,7 +120,7 @@ def number_labels(
                 f"{file} mixes class numbers from 0 with something else (see {shorten(odd)}); "
                 "fix it or give the classes"
             )
-        numbered = are_numbers and call_by_number(max(map(int, labels)), file)
+        numbered = are_numbers and numbered_class_names(max(map(int, labels)), file)
         classes = numbered or tuple(sorted(labels))
     if are_numbers and not labels.issubset(classes):
         numbers = {text: int(text) for text in labels}
@@ -136,7 +136,7 @@ def number_labels(
     return np.fromiter((numbers[text] for text in texts), np.int64, len(texts)), classes
 
 
-def call_by_number(largest: int, file: Path) -> tuple[str, ...]:
+def numbered_class_names(largest: int, file: Path) -> tuple[str, ...]:
     """Returns the names "0", "1", ... of classes that have none, up to the largest number."""
     if largest >= _MAX_CLASSES:
         raise DataError(f"{file} has the class number {largest}; count the classes from 0")
@@ -152,7 +152,7 @@ def read_text(file: Path) -> str:
         raise DataError(f"{file} cannot be read ({reason}); give another file") from error
 
 
-def find_twice(names: Iterable[str]) -> list[str]:
+def find_duplicates(names: Iterable[str]) -> list[str]:
     """Returns the names that come more than once, each time they come again."""
     seen: set[str] = set()
     twice: list[str] = []

@@ -12,7 +12,7 @@ from data_ffcv.sources.base import (
     IMAGE_SUFFIXES,
     PackedNames,
     Sample,
-    find_twice,
+    find_duplicates,
     number_labels,
     printable,
     read_classes,
@@ -113,7 +113,7 @@ def _open_flat(root: Path, labels: Path, classes: tuple[str, ...] | None) -> Fol
     listed, texts = _read_labels(labels)
     files = _by_stem(root)
     for fault, names in (
-        (f"{labels} names twice", find_twice(listed)),
+        (f"{labels} names twice", find_duplicates(listed)),
         (
             f"{labels} names what {root} does not hold",
             [name for name in listed if name not in files],

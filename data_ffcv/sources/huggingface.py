@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_ffcv.errors import DataError
-from data_ffcv.sources.base import Sample, call_by_number, first_line, read_classes
+from data_ffcv.sources.base import Sample, first_line, numbered_class_names, read_classes
 from data_ffcv.sources.image import read_image
 
 _KNOWN_PARTS = frozenset(("train", "test", "validation", "valid", "val", "dev"))
@@ -113,7 +113,7 @@ def _to_source(datasets: Any, path: Path, rows: Any, classes: Path | None) -> Hu
     if classes:
         names = read_classes(classes)
     else:
-        names = tuple(kinds[label].names) if named else call_by_number(labels.max(), path)
+        names = tuple(kinds[label].names) if named else numbered_class_names(labels.max(), path)
     if not 0 <= labels.min() <= labels.max() < len(names):
         raise DataError(
             f"{path} has labels from {labels.min()} to {labels.max()} for {len(names)} classes; "

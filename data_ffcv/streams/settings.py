@@ -83,7 +83,7 @@ def choose_backend(backend: Backend, path: Path) -> Literal["ffcv", "threads"]:
             f"{path} is a folder, which backend ffcv cannot read; convert it with "
             "python -m data_ffcv.convert imagefolder, or use backend auto or threads"
         )
-    reason = why_no_ffcv()
+    reason = ffcv_problem()
     if reason is None:
         return "ffcv"
     if backend == "ffcv":
@@ -96,7 +96,7 @@ def choose_backend(backend: Backend, path: Path) -> Literal["ffcv", "threads"]:
 
 
 @cache
-def why_no_ffcv() -> str | None:
+def ffcv_problem() -> str | None:
     """Returns why FFCV cannot be imported, None where it can."""
     if importlib.util.find_spec("ffcv") is None:
         return "it is not installed"

@@ -8,7 +8,7 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
 from eval.finetuning.recipe import MixupRecipe
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 
 
 class Mixer:
@@ -43,7 +43,7 @@ class Mixer:
         if self._mixup is None:
             settings = {"num_classes": self.num_classes, "smoothing": self.smoothing}
             return images, mixup_target(labels, **settings)  # type: ignore[no-untyped-call]
-        with _numpy_seeded(hashed(self.seed, step, self.rank)):
+        with _numpy_seeded(derive_seed(self.seed, step, self.rank)):
             mixed: tuple[Tensor, Tensor] = self._mixup(images, labels)
         return mixed
 

@@ -10,7 +10,7 @@
                                     and decoder of a pretraining
             masking.safetensors     masking network (mlo_mae)
             pretrain/ classifier/ mask/
-                shards_00000.safetensors    what each rank has of a level: see `_level_state`
+                shards_00000.safetensors    what each rank has of a level: see `level_state.py`
             shared.safetensors      what else the task goes on from, such as a queue
             own_00000.safetensors   likewise, of which each rank has a part
             random_00000.safetensors        random state of each rank
@@ -39,12 +39,12 @@ from torch import Tensor
 import mlomae
 from mlomae.checkpoint.choice import FORMAT, Damaged, read_state
 from mlomae.checkpoint.folders import RECIPE_FILE, complete_checkpoints
-from mlomae.checkpoint.level_state import StoredLevel, memory_kinds, pieces, restore
+from mlomae.checkpoint.level_state import StoredLevel, optimizer_state_keys, pieces, restore
 from mlomae.checkpoint.writer import Saving
 from mlomae.environment import git_commit
 from mlomae.errors import UserError
 from mlomae.hypergrad.partition import Vector
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 from mlomae.recipe import RunRecipe, dump_recipe
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def load(checkpoint: Path, task: SavedTask, recipe: RunRecipe) -> Progress:
         progress, num_writers = Progress(**state["progress"]), state["world_size"]
         of_rank = _read_rank_state(checkpoint, num_writers)
         task.load_state(_read(checkpoint / _SHARED_FILE), of_rank)
-        _restore_random_state(checkpoint, num_writers, hashed(recipe.seed, progress.cycle))
+        _restore_random_state(checkpoint, num_writers, derive_seed(recipe.seed, progress.cycle))
     except UserError:
         raise
     except (Damaged, SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
@@ -183,7 +183,7 @@ def _describe(task: SavedTask, progress: Progress, for_good: bool) -> dict[str, 
         "levels": {
             name: {
                 "counters": level.counters(),
-                "optimizer": memory_kinds(level),
+                "optimizer": optimizer_state_keys(level),
                 "zero_stage": level.model.zero_optimization_stage(),
                 "dtype": str(level.dtype).removeprefix("torch."),
             }
@@ -247,7 +247,7 @@ def _random_state() -> dict[str, Tensor]:
 def _restore_random_state(checkpoint: Path, num_writers: int, seed: int) -> None:
     rank = dist.get_rank()
     if num_writers != dist.get_world_size():
-        torch.manual_seed(hashed(seed, rank))
+        torch.manual_seed(derive_seed(seed, rank))
         return
     state = load_file(checkpoint / _random_file(rank))
     torch.set_rng_state(state["cpu"])

@@ -60,7 +60,7 @@ def pieces(level: StoredLevel, vectors: Mapping[str, Vector]) -> dict[str, Tenso
         shards = partition.shards()
         for fragment in partition.fragments:
             shard = shards[fragment.shard]
-            kinds = {MASTER: shard, **remembered(partition, shard)}
+            kinds = {MASTER: shard, **optimizer_state(partition, shard)}
             kinds |= {kind: vector[fragment.shard] for kind, vector in vectors.items()}
             for kind, whole in kinds.items():
                 piece = whole.detach().flatten()[fragment.shard_start :][: fragment.numel]
@@ -74,7 +74,7 @@ def pieces(level: StoredLevel, vectors: Mapping[str, Vector]) -> dict[str, Tenso
     return tensors
 
 
-def remembered(partition: Partition, shard: Tensor) -> dict[str, Tensor]:
+def optimizer_state(partition: Partition, shard: Tensor) -> dict[str, Tensor]:
     """What the optimizer remembers of every weight of a shard; empty before its first step."""
     return {
         name: value
@@ -83,10 +83,12 @@ def remembered(partition: Partition, shard: Tensor) -> dict[str, Tensor]:
     }
 
 
-def memory_kinds(level: StoredLevel) -> list[str]:
+def optimizer_state_keys(level: StoredLevel) -> list[str]:
     """Names of what the optimizer remembers, on this rank."""
     partition = level.partition
-    return sorted({kind for shard in partition.shards() for kind in remembered(partition, shard)})
+    return sorted(
+        {kind for shard in partition.shards() for kind in optimizer_state(partition, shard)}
+    )
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def restore(
             if filled.is_complete:  # as after the first one, where nothing is cut anew
                 break
         filled.check({MASTER, *vectors})
-        _give_memory(partition, memory, filled)
+        _restore_optimizer_state(partition, memory, filled)
         _restore_whole(level, files[0])
     except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
         problem = str(error)
@@ -178,7 +180,9 @@ class _Filled:
                 raise ValueError(f"{number} values of {key} are in none of its files")
 
 
-def _give_memory(partition: Partition, memory: Mapping[str, Vector], filled: _Filled) -> None:
+def _restore_optimizer_state(
+    partition: Partition, memory: Mapping[str, Vector], filled: _Filled
+) -> None:
     """Make the optimizer remember, where the files say that it did."""
     optimizer = partition.optimizer
     counts_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlomae.contrastive.programs import HeadProgram, TuneProgram
+from mlomae.contrastive.program import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import STEPS, MaeCtRecipe
 from mlomae.distributed.rendezvous import COLLECTIVE_TIMEOUT
 from mlomae.distributed.start import launched_world_size, start_ranks

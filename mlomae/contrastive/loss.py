@@ -13,7 +13,7 @@ from mlomae.distributed.collectives import gather_over_ranks, rank, world_size
 from mlomae.hypergrad.losses import Models
 from mlomae.models.contrastive import Embedded
 from mlomae.models.precision import at_least_float32
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 
 
 class TwoViews(NamedTuple):
@@ -92,6 +92,6 @@ class NnclrLoss:
         The numbers of all ranks are drawn, so that they depend neither on the number of ranks nor
         on a resume.
         """
-        generator = torch.Generator().manual_seed(hashed(self.seed, batch.step))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, batch.step))
         drawn = torch.randint(self.top_k, (2, world_size(), len(batch.ids)), generator=generator)
         return drawn[:, rank()].flatten().to(batch.ids.device)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlomae.distributed.collectives import gather_over_ranks, rank, world_size
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 
 
 class Queue:
@@ -33,7 +33,7 @@ class Queue:
         self.size, self.device = size, device
         self._layout_is_sharded = sharded
         self._is_sharded = sharded and world_size() > 1
-        generator = torch.Generator().manual_seed(hashed(seed, size, dim))
+        generator = torch.Generator().manual_seed(derive_seed(seed, size, dim))
         start = F.normalize(torch.randn(size, dim, generator=generator), dim=1)
         self._vectors = self._shard(start).to(device, copy=True)
         self.labels = torch.full((size,), -1, device=device)

@@ -25,7 +25,7 @@ class ShardStep:
         grad: g as the optimizer used it (reduced, unscaled, clipped), flat.
         settings: hyperparameters of the shard's parameter group at the step.
         group: index of that group.
-        is_first: whether the optimizer remembered nothing of this shard before.
+        is_first: whether the optimizer state_keys nothing of this shard before.
         state: the optimizer's memory *after* the step, flat, and its `step` count.
     """
 
@@ -203,6 +203,6 @@ def adjoint_of(optimizer: torch.optim.Optimizer) -> Adjoint:
     return _ADJOINTS[type(optimizer)]
 
 
-def remembered(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+def state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Names of the tensors that the optimizer's adjoint reads of its state."""
     return ("momentum_buffer",) if type(optimizer) is torch.optim.SGD else ("exp_avg", "exp_avg_sq")

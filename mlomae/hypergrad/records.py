@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlomae.hypergrad.adjoints import ShardStep, remembered
+from mlomae.hypergrad.adjoints import ShardStep, state_keys
 from mlomae.hypergrad.kept import KeptCalls
 from mlomae.hypergrad.partition import Partition, Vector
 from mlomae.hypergrad.randomness import RandomState
@@ -86,7 +86,7 @@ def recording(
     for i, step in record.steps.items():
         # In place, not copied: `_keep_state` copies it when another step is about to change it.
         state = partition.optimizer.state[shards[i]]
-        names = remembered(partition.optimizer)
+        names = state_keys(partition.optimizer)
         step.state = {key: state[key].flatten() for key in names if key in state}
         step.state["step"] = float(state.get("step", 0))
 

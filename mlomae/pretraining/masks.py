@@ -10,7 +10,7 @@ from mlomae.distributed.collectives import rank
 from mlomae.models.mae import num_kept
 from mlomae.models.precision import at_least_float32
 from mlomae.pretraining.recipe import PretrainingRecipe
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 
 Weighting = Literal["published", "normalized"]
 
@@ -77,7 +77,7 @@ class MaskSchedule:
                 images,
                 self.num_keep(step),
                 self._at(step, self.temperature),
-                hashed(self.seed, rank(), first + i),
+                derive_seed(self.seed, rank(), first + i),
             )
             for i, images in enumerate(micro_batches)
         ]

@@ -245,7 +245,7 @@ class MloMaeProblem(Multilevel):
         if self.pretrain.is_recorded and self.classifier.is_recorded:
             with evaluating(self.pretrain, self.classifier):
                 hypergradient = self.hypergradient("mask", (images, labels))
-            self.mask.step_along(hypergradient)
+            self.mask.step_with_hypergradient(hypergradient)
         else:
             self.mask.skip("a step below it was skipped")
         self.clear()

@@ -89,7 +89,7 @@ class TrainingLevel(Level):
         self.latest_loss = float(loss)
         return loss
 
-    def step_along(self, hypergradient: Hypergradient) -> None:
+    def step_with_hypergradient(self, hypergradient: Hypergradient) -> None:
         """Step along a hypergradient of this level in place of its loss's gradient."""
         self.set_gradient(hypergradient.vector)
         self.latest_loss = float(hypergradient.loss)
@@ -133,7 +133,7 @@ class TrainingLevel(Level):
             )
 
     def counters(self) -> dict[str, int]:
-        """What a resumed level has to count on from."""
+        """The step counters that a checkpoint stores."""
         return {
             "num_steps": self.num_steps_done,
             "num_skipped": self.num_skipped,
@@ -196,7 +196,7 @@ def build_level(
 
 @contextmanager
 def evaluating(*levels: TrainingLevel) -> Iterator[None]:
-    """The levels' modules drop nothing inside, and so draw nothing from the random state."""
+    """Inside, the modules are in eval mode: no dropout or drop path, no random draws."""
     for level in levels:
         level.engine.module.eval()
     yield

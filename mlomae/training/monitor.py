@@ -1,4 +1,4 @@
-"""What a run tells: one row every few cycles, to metrics.jsonl and to TensorBoard alike."""
+"""Metrics of a run: a row every few cycles, to metrics.jsonl and to TensorBoard alike."""
 
 import json
 import math
@@ -95,7 +95,7 @@ class Monitor:
         self.grid_size = grid_size
         self.writer: SummaryWriter | None = None
         if dist.get_rank() == 0:
-            _drop_later_records(
+            _drop_later_rows(
                 folder / METRICS_FILE, cycle, cycle if evaluated is None else evaluated
             )
             self.file = (folder / METRICS_FILE).open("a")
@@ -143,7 +143,7 @@ def read_metrics(folder: Path) -> list[MetricsRow]:
     return rows
 
 
-def _drop_later_records(file: Path, cycle: int, evaluated: int) -> None:
+def _drop_later_rows(file: Path, cycle: int, evaluated: int) -> None:
     if not file.exists():
         return
     kept = [

@@ -30,7 +30,7 @@ from mlomae.distributed.start import launched_world_size
 from mlomae.distributed.watchdog import mark, watching
 from mlomae.hypergrad.losses import Loss
 from mlomae.models.attention import check_backend
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 from mlomae.recipe import RunRecipe, dump_recipe, load_recipe
 from mlomae.training.deepspeed_config import (
     check_deepspeed_config,
@@ -177,10 +177,9 @@ def run_job(program: Program[R], job: Job[R]) -> None:
     recipe, folder = job.recipe, Path(job.recipe.output_dir)
     with ExitStack() as stack:
         stack.enter_context(watching(recipe.monitor.hang_timeout))
-        # Every rank has passed its checks before the first file is written.
-        # nodes may see a network's folder differently
+        # Asked of the first rank only: nodes may see a network file system differently.
         is_finished = from_first_rank(job.resume and (folder / SUMMARY_FILE).is_file())
-        dist.barrier()
+        dist.barrier()  # every rank has passed its checks before the first file is written
         if is_finished:
             logger.info("%s is finished: nothing is left to do", folder)
             return
@@ -190,7 +189,7 @@ def run_job(program: Program[R], job: Job[R]) -> None:
         mark("building the engines")
         task = program.build(job)
         # After the engines: their weights are drawn alike on all ranks, dropout is not.
-        torch.manual_seed(hashed(recipe.seed, dist.get_rank()))
+        torch.manual_seed(derive_seed(recipe.seed, dist.get_rank()))
         progress = checkpoint.Progress()
         if newest is not None:
             progress = checkpoint.load(newest, task, recipe)

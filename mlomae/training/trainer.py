@@ -79,11 +79,11 @@ class Trainer:
         row = bar.add_task("", total=task.num_cycles, completed=progress.cycle)
         is_saved = progress.cycle > 0  # by the launch that this one continues
         if is_saved and progress.cycle < task.num_cycles:
-            self._look(monitor)  # what it left undone when it was stopped
+            self._evaluate_if_due(monitor)  # what it left undone when it was stopped
         while progress.cycle < task.num_cycles:
             task.cycle()
             progress.cycle += 1
-            stop = self._agree()
+            stop = self._agree_on_stop()
             is_last = progress.cycle == task.num_cycles
             self._write_metrics(monitor, is_last=bool(stop) or is_last)
             bar.update(row, completed=progress.cycle, description=self._headline())
@@ -94,12 +94,12 @@ class Trainer:
                 self._finish_saving()
                 raise Stopped(stop)
             if not is_last:
-                self._look(monitor)
+                self._evaluate_if_due(monitor)
         if not is_saved:
             self._save()
         self._finish_saving()
 
-    def _look(self, monitor: Monitor) -> None:
+    def _evaluate_if_due(self, monitor: Monitor) -> None:
         """Pictures and evaluations that are due after this cycle and were not made yet."""
         if self.progress.evaluated == self.progress.cycle:
             return
@@ -191,7 +191,7 @@ class Trainer:
         yield
         self._started += time.perf_counter() - start
 
-    def _agree(self) -> int:
+    def _agree_on_stop(self) -> int:
         """Finish what all ranks have written; return the signal that any rank received, or 0.
 
         All ranks must call.

@@ -87,7 +87,7 @@ def _whole(level: Any, average: list[Tensor]) -> dict[str, Tensor]:
 
 def write(folder: Path) -> dict[tuple[int, str, str], dict[str, Tensor]]:
     """Train a level of each case, write its pieces, and return what they make together."""
-    from mlomae.checkpoint.level_state import memory_kinds, pieces
+    from mlomae.checkpoint.level_state import optimizer_state_keys, pieces
 
     found = {}
     for case in CASES:
@@ -102,7 +102,7 @@ def write(folder: Path) -> dict[tuple[int, str, str], dict[str, Tensor]]:
         if own := pieces(level, {"average": average}):
             own = {name: tensor.clone() for name, tensor in own.items()}
             save_file(own, place / f"shards_{dist.get_rank():05d}.safetensors")
-        found[case] = {"kinds": memory_kinds(level), **_whole(level, average)}
+        found[case] = {"kinds": optimizer_state_keys(level), **_whole(level, average)}
         dist.barrier()
     return found
 

@@ -1,4 +1,4 @@
-"""A tiny set of images and a tiny recipe, which the tests of this room share."""
+"""A tiny set of images and a tiny recipe, which these tests share."""
 
 import pytest
 

@@ -12,7 +12,7 @@ from mlomae.contrastive.encoder import (
     UpperEncoder,
     tuned_param_groups,
 )
-from mlomae.contrastive.programs import build_target
+from mlomae.contrastive.program import build_target
 from mlomae.contrastive.recipe import MaeCtRecipe, TuneRun
 from mlomae.contrastive.target import TargetProjector
 from mlomae.models.contrastive import NnclrHead

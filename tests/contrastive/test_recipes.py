@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlomae.contrastive.programs import HeadProgram, TuneProgram
+from mlomae.contrastive.program import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import MaeCtRecipe
 from mlomae.recipe import dump_recipe, load_recipe
 from mlomae.training.vit import build_vit

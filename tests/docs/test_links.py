@@ -75,7 +75,7 @@ def test_what_is_missing_is_seen(tmp_path: Path):
 
 def test_where_is_what_has_six_lines():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"### Where is what\n\n```\n(.*?)```", text, re.S)
+    (block,) = re.findall(r"### Where to find things\n\n```\n(.*?)```", text, re.S)
     names = [line.split()[0] for line in block.splitlines()]
     assert names == ["entry", "loop", "task", "losses", "hypergradient", "checkpoint"]
     assert all(PATH.search(line) for line in block.splitlines())

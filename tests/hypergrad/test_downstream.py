@@ -213,7 +213,7 @@ def _error_on_engines(shipped: str, dtype: str) -> float:
     halves = [tuple(list(part.chunk(2)) for part in batch) for batch in (below, above)]
     truth = SegmentationProblem(*problem.args, images, *halves, selection=selection).hypergradient()
     value: Weights = {}
-    method.mask.step_along = lambda h: value.update(method.mask.named(h.vector))  # type: ignore[method-assign,assignment]
+    method.mask.step_with_hypergradient = lambda h: value.update(method.mask.named(h.vector))  # type: ignore[method-assign,assignment]
     method.mask_step(*_mine(above))
     engine_cases.destroy(method)
     return relative_error(value, truth)

@@ -38,7 +38,7 @@ class PlainLevel(Level):
         super().apply()
         self.num_steps_done += 1
 
-    def step_along(self, hypergradient: Any) -> None:
+    def step_with_hypergradient(self, hypergradient: Any) -> None:
         self.gradients = self.named(hypergradient.vector)
 
 

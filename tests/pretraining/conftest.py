@@ -1,4 +1,4 @@
-"""A tiny set of images and tiny recipes, which the tests of this room share."""
+"""A tiny set of images and tiny recipes, which several packages' tests share."""
 
 from pathlib import Path
 

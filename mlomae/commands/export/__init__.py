@@ -9,7 +9,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mlomae export", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder, or one of its checkpoint folders")
     parser.add_argument(
-        "--format", required=True, choices=("timm", "hf", "safetensors", "onnx"), help="for whom"
+        "--format",
+        required=True,
+        choices=("timm", "hf", "safetensors", "onnx"),
+        help="library that will load the weights",
     )
     parser.add_argument("--output", metavar="DIR", help="a new folder (default: RUN/export/FORMAT)")
     parsed = parser.parse_args(argv)

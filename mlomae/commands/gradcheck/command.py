@@ -22,7 +22,7 @@ from mlomae.distributed.start import launched_world_size, report, set_up_logging
 from mlomae.errors import UserError
 from mlomae.pretraining.program import build_levels
 from mlomae.pretraining.recipe import PretrainingRecipe
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 from mlomae.recipe import load_recipe
 from mlomae.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from mlomae.training.engines import NonFiniteError, TrainingLevel
@@ -79,7 +79,9 @@ def run(job: Job[PretrainingRecipe], original: PretrainingRecipe) -> int:
     """
     console = Console(width=100, quiet=dist.get_rank() != 0, highlight=False, markup=False)
     levels = build_levels(job, ENDLESS)
-    torch.manual_seed(hashed(job.recipe.seed, dist.get_rank()))  # dropout differs between ranks
+    torch.manual_seed(
+        derive_seed(job.recipe.seed, dist.get_rank())
+    )  # dropout differs between ranks
     _print_header(console, job, original, levels["pretrain"])
     bench = Bench(job.recipe, levels)
     unit = bench.measure_unit()

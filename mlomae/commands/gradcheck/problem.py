@@ -22,7 +22,7 @@ from mlomae.pretraining.mlo_mae import HEAD_LOSSES, UNLABELLED
 from mlomae.pretraining.networks import BUILDERS
 from mlomae.pretraining.program import losses_of
 from mlomae.pretraining.recipe import PretrainingRecipe
-from mlomae.randomness import hashed
+from mlomae.randomness import derive_seed
 from mlomae.recipe import ModelRecipe
 from mlomae.recipe.section import flatten
 from mlomae.training.engines import TrainingLevel, build_optimizer
@@ -110,7 +110,7 @@ class RandomBatches:
 
     def __init__(self, recipe: PretrainingRecipe, cycle: int, device: torch.device) -> None:
         self._recipe, self._device = recipe, device
-        self._generator = torch.Generator().manual_seed(hashed(recipe.seed, cycle))
+        self._generator = torch.Generator().manual_seed(derive_seed(recipe.seed, cycle))
 
     def micro_batches(self) -> list[Tensor]:
         """Images of one encoder step."""

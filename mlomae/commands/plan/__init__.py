@@ -1,4 +1,4 @@
-"""Say what a run takes before it is paid for: memory, time, network, loaders."""
+"""Estimate a run before it starts: memory, time, communication, loader rate."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--deepspeed_config", required=True, help="a DeepSpeed JSON file")
     parser.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument("--gpu", default="a100-80gb", help="its name (default: %(default)s)")
+    parser.add_argument("--gpu", default="a100-80gb", help="GPU model (default: %(default)s)")
     parser.add_argument(
         "--utilization",
         type=float,
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         help="GB/s that a node sends to others, all its network cards (default: %(default)s)",
     )
     parser.add_argument(
-        "--num_images", type=int, help="in data.train (default: counted there, if it is here)"
+        "--num_images", type=int, help="training images (default: counted in data.train)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value")
     parsed = parser.parse_intermixed_args(argv)

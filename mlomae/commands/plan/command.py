@@ -69,7 +69,7 @@ def main(request: PlanRequest) -> int:
 
 
 def read_plan(request: PlanRequest) -> Plan:
-    """PretrainingRecipe, JSON and cluster.
+    """Read the recipe, the DeepSpeed JSON and the cluster from the request.
 
     Raises:
         UserError: one of them is wrong.

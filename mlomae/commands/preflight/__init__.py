@@ -18,9 +18,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--master_addr", help="the first host's address (default: as deepspeed)")
     parser.add_argument(
-        "--master_port", type=int, default=29500, help="of the rendezvous (default: %(default)s)"
+        "--master_port", type=int, default=29500, help="rendezvous port (default: %(default)s)"
     )
-    parser.add_argument("--ssh_port", type=int, help="of all hosts (default: as ssh)")
+    parser.add_argument("--ssh_port", type=int, help="ssh port of every host (default: as ssh)")
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value")
     parsed = parser.parse_intermixed_args(argv)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlomae.commands.preflight.checks import Needs
-from mlomae.contrastive.programs import HeadProgram, TuneProgram
+from mlomae.contrastive.program import HeadProgram, TuneProgram
 from mlomae.contrastive.recipe import STEPS, MaeCtRecipe
 from mlomae.errors import UserError
 from mlomae.pretraining.program import PretrainingProgram

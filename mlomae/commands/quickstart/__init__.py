@@ -8,7 +8,13 @@ from pathlib import Path
 def main(argv: Sequence[str]) -> int:
     """Do what the command line asks for, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mlomae quickstart", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/quickstart"),
+        metavar="DIR",
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/ and test/")
     parsed = parser.parse_args(argv)
 

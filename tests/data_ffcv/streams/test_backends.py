@@ -23,7 +23,7 @@ from data_ffcv.beton.images import BetonImages
 from data_ffcv.beton.info import BetonInfo
 from data_ffcv.convert import convert
 from data_ffcv.streams import pipeline
-from data_ffcv.streams.settings import why_no_ffcv
+from data_ffcv.streams.settings import ffcv_problem
 from tests.data_ffcv.conftest import UNIT
 from tests.data_ffcv.streams.draws import (
     CROP,
@@ -183,7 +183,7 @@ def test_without_ffcv_threads_take_over_with_one_notice(
 ):
     expected = draw(grey_beton, 2, backend="threads")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    why_no_ffcv.cache_clear()
+    ffcv_problem.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert_same(draw(grey_beton, 2), expected)
         with stream(grey_beton) as batches:
@@ -195,7 +195,7 @@ def test_without_ffcv_threads_take_over_with_one_notice(
     with pytest.raises(DataError, match="pip install ffcv"):
         stream(grey_beton, backend="ffcv")
     monkeypatch.undo()
-    why_no_ffcv.cache_clear()
+    ffcv_problem.cache_clear()
 
 
 def test_an_ffcv_that_cannot_be_imported_is_as_none(
@@ -208,13 +208,13 @@ def test_an_ffcv_that_cannot_be_imported_is_as_none(
     (tmp := grey_beton.parent / "broken" / "ffcv").mkdir(parents=True)
     (tmp / "__init__.py").write_text("raise ImportError('libopencv_core.so.406: no such file')")
     monkeypatch.syspath_prepend(str(tmp.parent))
-    why_no_ffcv.cache_clear()
+    ffcv_problem.cache_clear()
     with stream(grey_beton) as batches:
         assert batches.backend == "threads"
     with pytest.raises(DataError, match=r"cannot be used \(libopencv_core"):
         stream(grey_beton, backend="ffcv")
     monkeypatch.undo()
-    why_no_ffcv.cache_clear()
+    ffcv_problem.cache_clear()
 
 
 @pytest.mark.parametrize(
