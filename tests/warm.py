@@ -7,6 +7,7 @@ of the loader. It leaves no thread behind, for a fork would take none along, and
 import gc
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,10 @@ def _load_kernels(folder: Path) -> None:
 
 with tempfile.TemporaryDirectory() as scratch:
     _load_kernels(Path(scratch))
-if len(os.listdir("/proc/self/task")) != 1:
-    raise RuntimeError("a thread is left: ranks cannot be forked from here")
+deadline = time.monotonic() + 30
+while len(os.listdir("/proc/self/task")) != 1:  # a thread that was joined leaves a moment later
+    if time.monotonic() > deadline:
+        raise RuntimeError("a thread is left: ranks cannot be forked from here")
+    time.sleep(0.01)
 gc.collect()
 gc.freeze()  # DeepSpeed collects garbage in its initialisation: it need not look at all of this
