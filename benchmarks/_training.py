@@ -17,8 +17,8 @@ from _about import HERE
 
 from data_ffcv import inspect_beton
 from mlomae.distributed.start import set_up_logging, start_ranks
+from mlomae.pretraining import program as train
 from mlomae.pretraining.task import Pretraining
-from mlomae.pretraining.task import program as train
 from mlomae.training.program import make_job
 
 ROOT = HERE.parent

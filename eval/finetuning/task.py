@@ -82,8 +82,8 @@ class Finetuning(Task):
         num_parts = self.recipe.finetune.gradient_accumulation_steps
         with self.meters.timed("time/finetune_step"):
             parts = zip(images.chunk(num_parts), targets.chunk(num_parts), strict=True)
-            is_taken = self.level.step(*parts)
-            if self.average is not None and is_taken:
+            self.level.step(*parts)
+            if self.average is not None and self.level.was_taken:
                 self.average.update()
         self.measure(LEVEL)
 

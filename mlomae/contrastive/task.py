@@ -61,7 +61,8 @@ class HeadTask(Task):
         with self.meters.timed(f"time/{name}_step"):
             inputs = self.encoder(torch.cat(views)).unflatten(0, (len(views), -1))
             batch = TwoViews(inputs, labels, ids, self.level.num_steps_done)
-            if self.level.step(batch):
+            self.level.step(batch)
+            if self.level.was_taken:
                 self.loss.queue.push(self.loss.targets[0], labels, ids)
                 self.follow()
         self.measure(name)

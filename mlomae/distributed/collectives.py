@@ -35,6 +35,10 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     return whole
 
 
+# Each rank differentiates its own loss. Summing what flows back makes the result the gradient of
+# the sum of all ranks' losses, and averaging weight gradients that of their mean.
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class ShardStep:
         grad: g as the optimizer used it (reduced, unscaled, clipped), flat.
         settings: hyperparameters of the shard's parameter group at the step.
         group: index of that group.
-        is_first: whether the optimizer state_keys nothing of this shard before.
+        is_first: whether the optimizer had no state of this shard before.
         state: the optimizer's memory *after* the step, flat, and its `step` count.
     """
 

@@ -162,7 +162,7 @@ class Level:
     @property
     def is_recorded(self) -> bool:
         """Whether this cycle's steps were recorded as far as the estimators ask for."""
-        return all(len(binding.records) == binding.window for binding in self.bindings)
+        return all(binding.is_recorded for binding in self.bindings)
 
     def clear(self) -> None:
         """Forget the recorded steps, those of all problems: a new cycle begins."""
@@ -185,6 +185,7 @@ class Level:
 
     def set_gradient(self, vector: Vector) -> None:
         """Make a vector the gradient that `apply` uses. All ranks must call."""
+        self._pending = None  # the gradient is no longer that of the loss of `backward`
         self.partition.set_gradient(vector)
 
     def named(self, vector: Vector) -> dict[str, Tensor]:
@@ -330,6 +331,11 @@ class Binding:
         # In mid-cycle it joins the cycle of a problem that binds the level alike.
         alike = (b.num_taken for b in level.bindings if b.others == self.others)
         self.num_taken: int = max(alike, default=0)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether this cycle's steps were recorded as far as this problem's estimator asks for."""
+        return len(self.records) == self.window
 
     @property
     def wants_record(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlomae.hypergrad.estimators import Estimator, Unrolled
 from mlomae.hypergrad.level import Binding, Level
-from mlomae.hypergrad.losses import WeightedLoss
+from mlomae.hypergrad.losses import ReplayedLoss, WeightedLoss
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.randomness import restored
 from mlomae.hypergrad.twin import GradientSink, Weights, running
@@ -88,6 +88,10 @@ class Multilevel:
         level = self.levels[name]
         with level.serving(self._bindings[name]):
             return level.step(*micro_batches)
+
+    def is_recorded(self, *names: str) -> bool:
+        """Whether these levels' steps of the cycle are recorded as far as the estimator asks."""
+        return all(self._bindings[name].is_recorded for name in names)
 
     def hypergradient(self, upper: str, *micro_batches: object) -> Hypergradient:
         """Derivative of an upper level's loss by its weights, through the recorded steps below.
@@ -192,8 +196,9 @@ class Multilevel:
         for name, level in self.levels.items():
             others = {n: self.levels[n] for n in (*level.lower, *level.upper)}
             window = self.estimator.window(level) if name in between else 0
-            # With what it froze, a `WeightedLoss` may make other calls than in its step.
-            keeps = window and reuses and not isinstance(level.loss, WeightedLoss)
+            # With what it froze or chose, such a loss may make other calls than in its step.
+            repeats = isinstance(level.loss, (WeightedLoss, ReplayedLoss))
+            keeps = window and reuses and not repeats
             kept = [n for n in level.lower if keeps and n in between]
             bindings[name] = Binding(level, others, window, kept)
         return bindings

@@ -63,8 +63,3 @@ class NnclrHead(nn.Module):
             "projections": torch.stack(projections),
             "predictions": torch.stack([self.predictor(view) for view in projections]),
         }
-
-
-# --- sums and gathers over ranks with gradients --------------------------------------------------
-# Each rank differentiates its own loss. Summing what flows back makes the result the gradient of
-# the sum of all ranks' losses, and averaging weight gradients that of their mean.

@@ -242,7 +242,7 @@ class MloMaeProblem(Multilevel):
 
         Without the recorded steps below (one was skipped as non-finite) this one is skipped, too.
         """
-        if self.pretrain.is_recorded and self.classifier.is_recorded:
+        if self.is_recorded("pretrain", "classifier"):
             with evaluating(self.pretrain, self.classifier):
                 hypergradient = self.hypergradient("mask", (images, labels))
             self.mask.step_with_hypergradient(hypergradient)

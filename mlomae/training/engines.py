@@ -40,6 +40,7 @@ class TrainingLevel(Level):
         total_steps: optimizer steps of the whole run; sizes the schedule.
         num_steps_done: optimizer steps taken or skipped so far.
         num_skipped: of these, the latest ones that were skipped in a row.
+        was_taken: whether the latest step was taken, not skipped; the same on all ranks.
         latest_loss, grad_norm, lr: of the latest step, on this rank (the norm is global; the rate
             is that of the parameter groups that learn fastest).
     """
@@ -63,6 +64,7 @@ class TrainingLevel(Level):
         self.total_steps = total_steps
         self.num_steps_done = 0
         self.num_skipped = 0
+        self.was_taken = False
         self.latest_loss = self.grad_norm = self.lr = math.nan
         kind = CosineLRScheduler if recipe.schedule == "cosine" else _LinearLRScheduler
         self._rate_schedule = kind(
@@ -106,7 +108,8 @@ class TrainingLevel(Level):
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.grad_norm = self.partition.gradient_norm()
         is_finite = math.isfinite(self.latest_loss) and math.isfinite(self.grad_norm)
-        if all_agree(is_finite):
+        self.was_taken = all_agree(is_finite)
+        if self.was_taken:
             self.num_skipped = 0
             super().apply()
             return
@@ -151,6 +154,7 @@ class TrainingLevel(Level):
         """Take no step in this cycle, for a reason that all ranks know and that lies elsewhere."""
         self._rate_schedule.step_update(self.num_steps_done)
         self.num_steps_done += 1
+        self.was_taken = False
         self.latest_loss = self.grad_norm = math.nan
         logger.warning("skipped %s step %d: %s", self.name, self.num_steps_done, reason)
 

@@ -196,7 +196,7 @@ class Bench:
                 else:
                     problem.classifier_step(*batches.labelled(name))
         # A step may have been skipped for its numbers; the third in a row is an error.
-        is_whole = all(self._levels[name].is_recorded for name in LOWER)
+        is_whole = problem.is_recorded(*LOWER)
         return batches.labelled("mask") if is_whole else self._train(problem, reference)
 
     def _draw(self) -> RandomBatches:
