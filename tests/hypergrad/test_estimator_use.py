@@ -14,6 +14,7 @@ from mlomae.hypergrad import (
     FiniteDifference,
     Identity,
     Neumann,
+    ReplayedLoss,
     Sama,
     Truncated,
     Unrolled,
@@ -133,6 +134,24 @@ def test_what_a_weighted_loss_freezes_does_not_switch() -> None:
     exact = Trained(switching(), Unrolled(2), num_steps=2).hypergradient()
     assert_close(Trained(frozen(), Unrolled(2), num_steps=2).hypergradient(), exact)
     assert error_between(frozen, wide, Unrolled(2), num_steps=2) <= 1e-2
+    assert error_between(switching, wide, Unrolled(2), num_steps=2) >= 1
+
+
+def test_what_a_replayed_loss_chose_does_not_switch() -> None:
+    def loss(models: Models, batch: Batch, choice: Any = None) -> tuple[Tensor, Any]:
+        """Unlike in a weighted loss, the choice alone is kept: weights follow the features."""
+        features, outputs = models["w"](batch[0])
+        if choice is None:
+            choice = models["theta"](features.detach()).topk(2).indices
+        losses = (outputs - batch[0]).square().mean(-1).gather(-1, choice)
+        return (models["theta"](features).gather(-1, choice) * losses).sum(), choice
+
+    replayed = partial(choosing, ReplayedLoss(loss))
+    switching = partial(choosing, lambda models, batch: loss(models, batch)[0])
+    wide = Shift(Unrolled(2), relative_step=1e-2)
+    exact = Trained(switching(), Unrolled(2), num_steps=2).hypergradient()
+    assert_close(Trained(replayed(), Unrolled(2), num_steps=2).hypergradient(), exact)
+    assert error_between(replayed, wide, Unrolled(2), num_steps=2) <= 1e-2
     assert error_between(switching, wide, Unrolled(2), num_steps=2) >= 1
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlomae.hypergrad import Identity, Level, Multilevel, Neumann, Unrolled, WeightedLoss
+from mlomae.hypergrad import (
+    Identity,
+    Level,
+    Multilevel,
+    Neumann,
+    ReplayedLoss,
+    Unrolled,
+    WeightedLoss,
+)
 from mlomae.hypergrad.reference import (
     OptimizerRules,
     ReferenceLevel,
@@ -40,6 +48,12 @@ def frozen_losses(models: Models, x: Tensor, frozen: Any = None) -> tuple[Tensor
     return (models["h"](models["a"](x)) - x).square().mean(-1), frozen
 
 
+def replayed_loss(models: Models, x: Tensor, choice: Any = None) -> tuple[Tensor, Any]:
+    """The same of a choice, whose losses and weights are one."""
+    losses, choice = frozen_losses(models, x, choice)
+    return (models["theta"](choice).squeeze(-1) * losses).sum(), choice
+
+
 LOSSES: dict[str, Any] = {
     "once": lambda m, x: m["h"](m["a"](x)),
     "twice": lambda m, x: m["h"](m["a"](x) * m["a"](x.flip(0))),
@@ -64,8 +78,8 @@ def problem(call: Any) -> Problem:
     def of_a(models: Models, x: Tensor) -> Tensor:
         return (models["b"](models["a"](x)) - x).square().mean()
 
-    last = call if isinstance(call, WeightedLoss) else loss
-    upper = ("theta",) if isinstance(call, WeightedLoss) else ()
+    is_whole = isinstance(call, WeightedLoss | ReplayedLoss)
+    last, upper = (call, ("theta",)) if is_whole else (loss, ())
     return problem_of(
         torch.float64,
         LevelSpec("a", network(), reweighted, upper=("theta",)),
@@ -104,6 +118,11 @@ def test_calls_that_a_frozen_loss_leaves_out(keep_activations: bool) -> None:
     loss = WeightedLoss(frozen_losses, lambda models, frozen: models["theta"](frozen).squeeze(-1))
     specs = problem(loss)
     assert error(specs, keep_activations) <= 1e-10
+
+
+@pytest.mark.parametrize("keep_activations", [True, False])
+def test_calls_that_a_replayed_loss_leaves_out(keep_activations: bool) -> None:
+    assert error(problem(ReplayedLoss(replayed_loss)), keep_activations) <= 1e-10
 
 
 @pytest.mark.parametrize("estimator", [Unrolled(), Identity(), Neumann(1, 0.1)], ids=str)

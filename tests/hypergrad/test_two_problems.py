@@ -224,6 +224,19 @@ def test_another_problem_in_mid_cycle_takes_no_records(is_other_upper: bool) -> 
         assert_same_bits(value_of(late, batches[3]), value_of(single, batches[3]))
 
 
+def test_each_problem_says_what_is_recorded_for_it() -> None:
+    levels = [level_of(spec, num_steps=2) for spec in chain2().levels]
+    first, batch = Multilevel(levels, estimator=Unrolled(1)), next(stream(chain2(), 1))
+    levels[0].step(batch)
+    second = Multilevel(levels, estimator=Unrolled(2))  # it has missed the first step
+    assert not first.is_recorded("train")
+    levels[0].step(batch)
+    assert first.is_recorded("train") and not second.is_recorded("train")
+    alone = Multilevel(copies(levels), estimator=Unrolled(1))
+    assert not alone.is_recorded("train")
+    value_of(first, batch)
+
+
 def test_a_problem_made_between_the_halves_of_a_step() -> None:
     train, theta = (level_of(spec) for spec in chain2().levels)
     batch, top = (next(stream(chain2(), seed)) for seed in range(2))
@@ -303,10 +316,13 @@ def test_records_from_which_the_level_has_moved_are_refused() -> None:
     assert_same_bits(value_of(problem, batch), value_of(alone, batch))
 
 
-def test_a_step_along_a_set_gradient_is_not_one_to_go_back_through() -> None:
-    problem, _ = sharing_train(Unrolled(2))
+@pytest.mark.parametrize("is_after_backward", [False, True])
+def test_a_step_along_a_set_gradient_is_not_one_to_go_back_through(is_after_backward: bool) -> None:
+    problem = Multilevel([level_of(spec) for spec in chain2().levels], estimator=Unrolled())
     train, batch = problem.levels["train"], next(stream(chain2(), 1))
-    problem.step("train", batch), problem.step("train", batch)
+    problem.step("train", batch)
+    if is_after_backward:
+        train.backward(batch)
     train.set_gradient(train.partition.zeros())
     train.apply()
     with pytest.raises(ValueError, match="level train has taken a step that is not recorded"):
