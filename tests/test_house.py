@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,19 @@ def test_every_folder_has_its_line():
     }
     assert folders <= set(ARROWS)
     assert all(module_of(home, modules_of(ROOT)) == home for home in ARROWS if home != "launch")
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "launch", "tests"])
+def test_what_scripts_import_exists(folder):
+    """The type checker looks at the packages alone, and a benchmark is not started by a test."""
+    modules, missing = modules_of(ROOT), []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for name in imported_names(path, ROOT):
+            module = module_of(name, modules)
+            attribute = name.removeprefix(f"{module}.") if module else ""
+            if module and attribute != name and not hasattr(import_module(module), attribute):
+                missing.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert missing == []
 
 
 @pytest.mark.parametrize(
