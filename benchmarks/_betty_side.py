@@ -71,7 +71,7 @@ def _levels(problem: Problem) -> list[Any]:
 
         def training_step(self, batch: Any) -> Any:
             out = self.module(batch[0], scorer=self.score)
-            return reconstruction_loss(out["patch_loss"], out["mask"], out["scores"])
+            return reconstruction_loss(out["patch_loss"] * out["scores"], out["mask"])
 
         def score(self, embedding: Any) -> Any:
             # A difference of weights would move the scores, too, if they were not kept.

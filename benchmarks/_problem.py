@@ -81,7 +81,7 @@ class Problem:
             return self.masking(present if embedding is None else embedding)
 
         out = self.autoencoder(images, scorer=score)
-        return reconstruction_loss(out["patch_loss"], out["mask"], out["scores"])
+        return reconstruction_loss(out["patch_loss"] * out["scores"], out["mask"])
 
     def classification_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Levels 2 and 3; differentiable in the encoder's and the head's weights."""

@@ -100,6 +100,16 @@ class Setup:
         return str(file)
 
 
+def build_task(program: Any, launch: dict[str, Any]) -> Any:
+    """The task of a launch on its engines, not yet opened. All ranks must call."""
+    from mlomae.training.program import check_job, make_job
+
+    names = launch["recipe"], launch["deepspeed_config"]
+    job = make_job(program.schema, *names, False, launch["overrides"])
+    check_job(program, job)
+    return program.build(job)
+
+
 def drive(launches: list[dict[str, Any]]) -> list[tuple[int, str]]:
     """Launch one run after the other in these processes. All ranks must call.
 

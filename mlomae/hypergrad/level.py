@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mlomae.hypergrad.kept import KeptCalls
-from mlomae.hypergrad.losses import Loss, Models, ReplayedLoss, Settings, WeightedLoss
+from mlomae.hypergrad.losses import (
+    CalledModels,
+    Loss,
+    Models,
+    ReplayedLoss,
+    Settings,
+    WeightedLoss,
+)
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.randomness import RandomState
 from mlomae.hypergrad.records import MicroBatch, StepRecord, make_room, recording
@@ -126,7 +133,7 @@ class Level:
         pending = self._take_pending()
         if self.settings is not None:
             with torch.no_grad(), pending.bindings[0].constants() as models:
-                self._set_settings(self.settings(_Models(models, self)))
+                self._set_settings(self.settings(self._called(models)))
         self._check_used()
         wanting = [b for b in pending.bindings if pending.micro_batches and b.wants_record]
         if wanting:
@@ -194,7 +201,7 @@ class Level:
 
     def evaluate(self, models: Models, micro_batch: MicroBatch) -> Tensor:
         """The loss, scalar and of this rank; notes what a `WeightedLoss` wants frozen."""
-        models = _Models(models, self)
+        models = self._called(models)
         if isinstance(self.loss, WeightedLoss):
             losses, frozen = self.loss.losses(models, micro_batch.batch)
             micro_batch.frozen = tree_map_only(Tensor, torch.detach, frozen)
@@ -241,6 +248,10 @@ class Level:
         if pending is not None:
             return pending
         return _Pending(self._bindings_to_serve() if self.settings else self.bindings, {})
+
+    def _called(self, models: Models) -> CalledModels:
+        """The models that loss or settings may use; notes which they do."""
+        return CalledModels(models, self.name, (*self.lower, *self.upper), self._used)
 
     @property
     def num_micro_batches(self) -> int:
@@ -398,27 +409,3 @@ class _Pending:
     bindings: list[Binding]
     moves: dict[str, int]
     micro_batches: list[MicroBatch] = field(default_factory=list)
-
-
-class _Models(dict[str, Any]):
-    """Models by level name, with an error that says how to reach a missing one."""
-
-    def __init__(self, models: Models, level: Level) -> None:
-        super().__init__(models)
-        self._level = level
-
-    def __getitem__(self, name: str) -> Any:
-        self._level._used.add(name)
-        return super().__getitem__(name)
-
-    def __missing__(self, name: str) -> Any:
-        level = self._level
-        if name in (*level.lower, *level.upper):
-            raise ValueError(
-                f"the loss of level {level.name} uses models[{name!r}], but level {level.name} is "
-                f"in no problem; put it and level {name} into a Multilevel, and keep that"
-            )
-        raise ValueError(
-            f"the loss of level {level.name} uses models[{name!r}]; name that level in its lower "
-            "or upper"
-        )

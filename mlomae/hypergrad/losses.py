@@ -52,4 +52,34 @@ class ReplayedLoss:
         return self.loss(models, batch)[0]
 
 
+class CalledModels(dict[str, Any]):
+    """Models by level name, with an error that says how to reach a missing one.
+
+    Args:
+        name: of the level whose loss uses them.
+        named: the levels that it names in `lower` and `upper`.
+        used: gets the names of those that are used.
+    """
+
+    def __init__(self, models: Models, name: str, named: Sequence[str], used: set[str]) -> None:
+        super().__init__(models)
+        self._level, self._named, self._used = name, named, used
+
+    def __getitem__(self, name: str) -> Any:
+        self._used.add(name)
+        return super().__getitem__(name)
+
+    def __missing__(self, name: str) -> Any:
+        level = self._level
+        if name in self._named:
+            raise ValueError(
+                f"the loss of level {level} uses models[{name!r}], but level {level} is in no "
+                f"problem; put it and level {name} into a Multilevel, and keep that"
+            )
+        raise ValueError(
+            f"the loss of level {level} uses models[{name!r}]; name that level in its lower or "
+            "upper"
+        )
+
+
 Loss = Callable[[Models, Any], Tensor] | WeightedLoss | ReplayedLoss

@@ -270,15 +270,17 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
     return int(num_patches * (1 - mask_ratio))
 
 
-def reconstruction_loss(patch_loss: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean loss of the hidden patches of the batch, each weighted by its score in MLO-MAE.
+def reconstruction_loss(patch_loss: Tensor, mask: Tensor) -> Tensor:
+    """Mean loss of the hidden patches of the batch, the loss of plain MAE.
 
-    The divisor counts hidden patches; it is not the sum of the weights (equation 1 of
-    arXiv 2402.18128 as its code averages it). All arguments are [B, N]; without weights this is
-    the loss of plain MAE.
+    Of patch losses that are weighted by their scores, this is equation 1 of arXiv 2402.18128 as its
+    code averages it: the divisor counts hidden patches, and is not the sum of the weights.
+
+    Args:
+        patch_loss: [B, N].
+        mask: [B, N], 1 where the patch is hidden.
     """
-    weighted = patch_loss * mask if weights is None else patch_loss * mask * weights
-    return weighted.sum() / mask.sum()
+    return (patch_loss * mask).sum() / mask.sum()
 
 
 class Masks(NamedTuple):

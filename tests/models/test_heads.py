@@ -46,7 +46,7 @@ def test_theta_enters_through_the_loss_weights_alone(masked):
     plain = reconstruction_loss(out["patch_loss"], out["mask"])
     assert torch.autograd.grad(plain, network.fc1.weight, allow_unused=True) == (None,)
 
-    reconstruction_loss(out["patch_loss"], out["mask"], out["scores"]).backward()
+    reconstruction_loss(out["patch_loss"] * out["scores"], out["mask"]).backward()
     with torch.no_grad():
         e, s = out["embedding"].flatten(1), out["scores"]
         hidden = (e @ network.fc1.weight.T + network.fc1.bias).clamp(min=0)
@@ -72,7 +72,7 @@ def test_the_encoder_feels_frozen_scores(masked):
     for scorer in (network, lambda _: constant):
         model.zero_grad()
         out = model(images, scorer=scorer)
-        reconstruction_loss(out["patch_loss"], out["mask"], out["scores"]).backward()
+        reconstruction_loss(out["patch_loss"] * out["scores"], out["mask"]).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
 

@@ -22,10 +22,9 @@ from mlomae.pretraining.program import PretrainingProgram
 from mlomae.pretraining.recipe import PretrainingRecipe
 from mlomae.pretraining.task import MaePretraining
 from mlomae.recipe import load_recipe
-from mlomae.training.program import check_job, make_job
 from tests.pretraining.test_bad_input import refused  # noqa: F401
 from tests.ranks import run_ranks
-from tests.runs import Setup, contents, drive, metrics_rows
+from tests.runs import Setup, build_task, contents, drive, metrics_rows
 
 # As many classes as fill both ranks' shards: ZeRO-3 leaves what pads them uninitialised.
 NUM_SCENES, NUM_CLASSES = 60, 4
@@ -257,14 +256,9 @@ def test_both_views_are_one_batch(found: Any, module_setup: Setup, beton: Path) 
             assert loss == pytest.approx(loss_of_all, rel=1e-5)
 
 
-def _first_step(
-    recipe: str, deepspeed_config: str, overrides: list[str], **_: Any
-) -> tuple[list[Tensor], float, float]:
+def _first_step(**launch: Any) -> tuple[list[Tensor], float, float]:
     """This rank's micro-batches in a run's first step, its loss, and the mean over all crops."""
-    program = PretrainingProgram()
-    job = make_job(program.schema, recipe, deepspeed_config, False, overrides)
-    check_job(program, job)
-    task = program.build(job)
+    task = build_task(PretrainingProgram(), launch)
     seen: list[list[Tensor]] = []
     losses: list[float] = []
     step = MaePretraining.pretrain_step

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import run_ranks
-from tests.runs import Setup
+from tests.runs import Setup, build_task
 
 
 def cycles(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -13,15 +13,10 @@ def cycles(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from contextlib import ExitStack
 
     from mlomae.pretraining.program import PretrainingProgram
-    from mlomae.training.program import check_job, make_job
 
     outcomes = []
     for launch in launches:
-        program = PretrainingProgram()
-        names = launch["recipe"], launch["deepspeed_config"]
-        job = make_job(program.schema, *names, False, launch["overrides"])
-        check_job(program, job)
-        task = program.build(job)
+        task = build_task(PretrainingProgram(), launch)
         with ExitStack() as stack:
             task.open(0, stack)
             for _ in range(2):

@@ -5,6 +5,7 @@ from typing import Any
 
 from tests.eval.finetuning.runs import FinetuneSetup
 from tests.ranks import run_ranks
+from tests.runs import build_task
 
 STAGES = (0, 2, 3)
 
@@ -14,16 +15,11 @@ def cycles(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from contextlib import ExitStack
 
     from eval.finetuning.program import FinetuningProgram
-    from mlomae.training.program import check_job, make_job
     from tests.skipped_steps import around
 
     outcomes = []
     for launch in launches:
-        program = FinetuningProgram()
-        names = launch["recipe"], launch["deepspeed_config"]
-        job = make_job(program.schema, *names, False, launch["overrides"])
-        check_job(program, job)
-        task = program.build(job)
+        task = build_task(FinetuningProgram(), launch)
         with ExitStack() as stack:
             task.open(0, stack)
             outcomes.append(around(task))
