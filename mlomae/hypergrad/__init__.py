@@ -22,8 +22,9 @@ from mlomae.hypergrad.estimators import (
 )
 from mlomae.hypergrad.level import Binding, Level
 from mlomae.hypergrad.losses import ReplayedLoss, WeightedLoss
-from mlomae.hypergrad.multilevel import Hypergradient, Multilevel
+from mlomae.hypergrad.multilevel import Multilevel
 from mlomae.hypergrad.partition import Vector
+from mlomae.hypergrad.records import Hypergradient
 from mlomae.hypergrad.steps import newest
 
 __all__ = [

@@ -22,7 +22,7 @@ from mlomae.hypergrad.losses import (
 )
 from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.randomness import RandomState
-from mlomae.hypergrad.records import MicroBatch, StepRecord, make_room, recording
+from mlomae.hypergrad.records import Hypergradient, MicroBatch, StepRecord, make_room, recording
 from mlomae.hypergrad.twin import GradientSink, Twin, Weights
 from mlomae.hypergrad.zero_partitions import partition_of
 
@@ -194,6 +194,11 @@ class Level:
         """Make a vector the gradient that `apply` uses. All ranks must call."""
         self._pending = None  # the gradient is no longer that of the loss of `backward`
         self.partition.set_gradient(vector)
+
+    def step_with_hypergradient(self, hypergradient: Hypergradient) -> None:
+        """Step along a hypergradient in place of the gradient of the loss. All ranks must call."""
+        self.set_gradient(hypergradient.vector)
+        self.apply()
 
     def named(self, vector: Vector) -> dict[str, Tensor]:
         """A vector as whole tensors by parameter name, on every rank. All ranks must call."""

@@ -1,7 +1,6 @@
 """A problem of several levels: who depends on whom, and the sweep that yields a hypergradient."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
 import torch
@@ -10,22 +9,9 @@ from torch import Tensor
 from mlomae.hypergrad.estimators import Estimator, Unrolled
 from mlomae.hypergrad.level import Binding, Level
 from mlomae.hypergrad.losses import ReplayedLoss, WeightedLoss
-from mlomae.hypergrad.partition import Vector
 from mlomae.hypergrad.randomness import restored
+from mlomae.hypergrad.records import Hypergradient
 from mlomae.hypergrad.twin import GradientSink, Weights, running
-
-
-@dataclass(frozen=True)
-class Hypergradient:
-    """The total derivative of an upper level's loss by its own weights.
-
-    Attributes:
-        loss: the upper level's loss on this rank, detached.
-        vector: the derivative, averaged over ranks, as shards.
-    """
-
-    loss: Tensor
-    vector: Vector
 
 
 class Multilevel:
@@ -154,7 +140,8 @@ class Multilevel:
         }
         for name, result in results.items():  # after all are known: one may depend on another
             losses[name] = result.loss
-            self._step_along(name, result)
+            with self.levels[name].serving(self._bindings[name]):
+                self.levels[name].step_with_hypergradient(result)
         self.clear()
         return losses
 
@@ -162,12 +149,6 @@ class Multilevel:
         """Forget the recorded steps of all levels: the next cycle begins."""
         for binding in self._bindings.values():
             binding.clear()
-
-    def _step_along(self, upper: str, hypergradient: Hypergradient) -> None:
-        level = self.levels[upper]
-        with level.serving(self._bindings[upper]):
-            level.set_gradient(hypergradient.vector)
-            level.apply()
 
     def _top(
         self, target: Binding, batch: object, num: int, sinks: dict[str, GradientSink]

@@ -1,4 +1,4 @@
-"""What it takes to differentiate an optimizer step afterwards, recorded while it is taken."""
+"""What it takes to differentiate an optimizer step afterwards, and what comes of a sweep."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -130,3 +130,16 @@ def _keep_state(record: StepRecord) -> None:
     for step in record.steps.values():
         state = step.state.items()
         step.state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state}
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The total derivative of an upper level's loss by its own weights.
+
+    Attributes:
+        loss: the upper level's loss on this rank, detached.
+        vector: the derivative, averaged over ranks, as shards.
+    """
+
+    loss: Tensor
+    vector: Vector

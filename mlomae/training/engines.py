@@ -92,10 +92,9 @@ class TrainingLevel(Level):
         return loss
 
     def step_with_hypergradient(self, hypergradient: Hypergradient) -> None:
-        """Step along a hypergradient of this level in place of its loss's gradient."""
-        self.set_gradient(hypergradient.vector)
+        """The same, on no rank when one of them saw a bad number."""
         self.latest_loss = float(hypergradient.loss)
-        self.apply()
+        super().step_with_hypergradient(hypergradient)
 
     def apply(self) -> None:
         """The optimizer step; on no rank when one of them saw a bad number.

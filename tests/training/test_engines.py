@@ -1,6 +1,7 @@
 """Levels on engines: rates in closed form, and steps that no rank takes on bad numbers of one."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,3 +150,52 @@ def test_biases_and_norms_do_not_decay(measured: dict[str, Any]) -> None:
 
 def test_a_resumed_level_counts_on(measured: dict[str, Any]) -> None:
     assert measured["resumed"] == (pytest.approx(expected("cosine", 7)), 8, 7)
+
+
+def cycled(stages: tuple[int, ...]) -> list[tuple[int, int, int, bool]]:
+    """Two cycles on engines: steps done and skipped of the upper level, and whether it moved."""
+    from mlomae.hypergrad import Multilevel
+    from mlomae.recipe import LevelRecipe
+    from mlomae.training.engines import build_level
+
+    outcomes = []
+    for stage in stages:
+        world_size = dist.get_world_size()
+        config = {
+            "train_batch_size": 2 * world_size,
+            "train_micro_batch_size_per_gpu": 2,
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": stage},
+        }
+        recipe = LevelRecipe(batch_size=2 * world_size, lr=LR)
+        torch.manual_seed(0)
+        networks = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def lower(models: Any, x: Tensor) -> Tensor:
+            return (models["train"](x) * models["theta"](x).exp()).square().mean()
+
+        def upper(models: Any, x: Tensor) -> Tensor:
+            return (models["train"](x) - 1).square().mean()
+
+        levels = [
+            build_level(name, net, recipe, config, loss=loss, total_steps=9, warmup_steps=0, **of)
+            for name, net, loss, of in (
+                ("train", networks[0], lower, {"upper": ("theta",)}),
+                ("theta", networks[1], upper, {"lower": ("train",)}),
+            )
+        ]
+        problem, theta = Multilevel(levels), levels[1]
+        before = [shard.clone() for shard in theta.partition.shards()]
+        batches = {name: iter(torch.ones(2, 2, 3)) for name in problem.levels}
+        losses = [problem.cycle(batches) for _ in range(2)]
+        moved = any(map(lambda a, b: not torch.equal(a, b), before, theta.partition.shards()))
+        assert theta.latest_loss == float(losses[-1]["theta"])
+        outcomes.append((stage, theta.num_steps_done, theta.num_skipped, moved))
+        for level in levels:
+            level.engine.destroy()
+    return outcomes
+
+
+def test_a_cycle_of_a_problem_steps_every_level(tmp_path: Path) -> None:
+    for rank in run_ranks(f"{__name__}:cycled", 2, tmp_path, stages=STAGES):
+        assert rank == [(stage, 2, 0, True) for stage in STAGES]
